@@ -1,0 +1,316 @@
+// The CPU backend: loops over chunks.
+//
+// Each kernel is a template that is forced inline into one function for each instruction set, and the set is chosen
+// at run time. Contraction to fused multiply-adds is off (setup.py), so every set gives the same bits.
+// The work is memory traffic: what is written without having been read (the backup, and the weight in an update that
+// starts from the backup) goes past the cache when the whole job is larger than the cache.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "backends.h"
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#define SAM_X86 1
+#endif
+
+namespace sam {
+namespace {
+
+constexpr int64_t kChunk = 1 << 14;       // elements; a chunk's streams fit into the L2 cache together
+constexpr int kBlock = 512;               // elements; a block's fit into the L1 cache
+constexpr int64_t kGrain = 1 << 15;       // elements; less than this is not worth a second thread
+constexpr int64_t kStreamFrom = 1 << 23;  // bytes of parameters; smaller jobs stay in the cache
+
+// ---- instruction sets ----
+
+enum class Isa { kDefault, kAvx2, kAvx512 };
+
+constexpr const char* kIsaNames[] = {"default", "avx2", "avx512"};
+
+Isa best_isa() {
+#if SAM_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return Isa::kAvx512;
+  if (__builtin_cpu_supports("avx2")) return Isa::kAvx2;
+#endif
+  return Isa::kDefault;
+}
+
+const Isa best = best_isa();
+Isa isa = best;
+
+template <class F>
+void run_default(const F& f, int64_t begin, int64_t end) {
+  f(begin, end);
+}
+#if SAM_X86
+template <class F>
+__attribute__((target("avx2"))) void run_avx2(const F& f, int64_t begin, int64_t end) {
+  f(begin, end);
+}
+template <class F>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))) void run_avx512(const F& f,
+                                                                                                      int64_t begin,
+                                                                                                      int64_t end) {
+  f(begin, end);
+}
+#endif
+
+template <class F>
+void run(const F& f, int64_t begin, int64_t end) {
+#if SAM_X86
+  if (isa == Isa::kAvx512) return run_avx512(f, begin, end);
+  if (isa == Isa::kAvx2) return run_avx2(f, begin, end);
+#endif
+  run_default(f, begin, end);
+}
+
+// ---- memory ----
+
+// memcpy; past the cache if `stream`.
+SAM_FN void copy(void* to, const void* from, int64_t bytes, bool stream) {
+#if SAM_X86
+  if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    char* d = static_cast<char*>(to);
+    const char* s = static_cast<const char*>(from);
+    int64_t i = 0;
+    for (; i + 64 <= bytes; i += 64)
+      for (int k = 0; k < 64; k += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(d + i + k),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i + k)));
+    memcpy(d + i, s + i, bytes - i);
+    return;
+  }
+#endif
+  memcpy(to, from, bytes);
+}
+
+void end_stream() {
+#if SAM_X86
+  _mm_sfence();
+#endif
+}
+
+// ---- kernels over one chunk ----
+
+template <class V, class T>
+SAM_FN V* at(T* base, int64_t i) {
+  return static_cast<V*>(base) + i;
+}
+
+typedef double Lanes __attribute__((vector_size(64)));  // eight doubles, on any instruction set
+
+// Adds the squares of x[0..n) to 32 sums, x[i] to sum i % 32.
+template <class A>
+SAM_FN void add_squares(Lanes (&sums)[4], const A* x, int n) {
+  typedef A In __attribute__((vector_size(8 * sizeof(A))));
+  for (; n >= 32; n -= 32, x += 32)
+    for (int k = 0; k < 4; ++k) {
+      In in;
+      memcpy(&in, x + 8 * k, sizeof in);
+      const Lanes wide = __builtin_convertvector(in, Lanes);
+      sums[k] += wide * wide;
+    }
+  for (int i = 0; i < n; ++i) sums[i / 8][i % 8] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+}
+
+template <class T, bool kAdaptive>
+SAM_FN double sq_norm_chunk(const Row& row, const Chunk& c, const Ascent& ascent) {
+  using A = arithmetic_t<T>;
+  const Ascend<A, kAdaptive> ascend(ascent);
+  const T* w = at<const T>(row.param, c.begin);
+  const T* g = at<const T>(row.grad, c.begin);
+  Lanes sums[4] = {};
+  alignas(64) A scaled[kBlock];
+  for (int b = 0; b < c.size; b += kBlock) {
+    const int n = std::min(kBlock, c.size - b);
+    if constexpr (std::is_same_v<T, A> && !kAdaptive) {
+      add_squares(sums, g + b, n);
+    } else {
+      for (int i = 0; i < n; ++i) scaled[i] = ascend.scaled(load(w[b + i]), load(g[b + i]));
+      add_squares(sums, scaled, n);
+    }
+  }
+  const Lanes sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  double total = 0;
+  for (int k = 0; k < 8; ++k) total += sum[k];
+  return total;
+}
+
+template <class T, bool kAdaptive>
+SAM_FN void perturb_chunk(const Row& row, const Chunk& c, const Ascent& ascent, double norm, bool stream) {
+  using A = arithmetic_t<T>;
+  const Ascend<A, kAdaptive> ascend(ascent, norm);
+  T* __restrict w = at<T>(row.param, c.begin);
+  const T* __restrict g = at<const T>(row.grad, c.begin);
+  T* backup = at<T>(row.backup, c.begin);
+  const bool finite = std::isfinite(norm);
+  for (int b = 0; b < c.size; b += kBlock) {
+    const int n = std::min(kBlock, c.size - b);
+    copy(backup + b, w + b, n * sizeof(T), stream);
+    if (finite)
+      for (int i = b; i < b + n; ++i) store(w[i], ascend.perturbed(load(w[i]), load(g[i])));
+  }
+}
+
+// One block of an update, from `from` to `to`, which may be the same.
+template <class T, class Base, class Update>
+SAM_FN void update_block(const Update& update, int n, T* to, const T* from, const T* __restrict g, T* __restrict s0,
+                         T* __restrict s1, T* __restrict s2) {
+  using A = arithmetic_t<T>;
+#pragma GCC ivdep
+  for (int i = 0; i < n; ++i) {
+    A w = load(from[i]);
+    A state[kMaxStates] = {};
+    if constexpr (Base::states > 0) state[0] = load(s0[i]);
+    if constexpr (Base::states > 1) state[1] = load(s1[i]);
+    if constexpr (Base::states > 2) state[2] = load(s2[i]);
+    update(w, load(g[i]), state);
+    if constexpr (Base::states > 0) store(s0[i], state[0]);
+    if constexpr (Base::states > 1) store(s1[i], state[1]);
+    if constexpr (Base::states > 2) store(s2[i], state[2]);
+    store(to[i], w);
+  }
+}
+
+template <class T, class Base>
+SAM_FN void restore_step_chunk(const Row& row, const Chunk& c, const double* hyper, bool stream) {
+  const typename Base::template Update<arithmetic_t<T>> update(hyper, row.step ? *row.step : 0);
+  T* w = at<T>(row.param, c.begin);
+  const T* from = row.backup ? at<const T>(row.backup, c.begin) : w;
+  const T* g = at<const T>(row.grad, c.begin);
+  T* s[kMaxStates];
+  for (int k = 0; k < kMaxStates; ++k) s[k] = k < Base::states ? at<T>(row.state[k], c.begin) : nullptr;
+  alignas(64) T fresh[kBlock];
+  const bool past_cache = stream && row.backup;
+  for (int b = 0; b < c.size; b += kBlock) {
+    const int n = std::min(kBlock, c.size - b);
+    T* to = past_cache ? fresh : w + b;
+    update_block<T, Base>(update, n, to, from + b, g + b, s[0] + b, s[1] + b, s[2] + b);
+    if (past_cache) copy(w + b, fresh, n * sizeof(T), true);
+  }
+}
+
+// ---- drivers ----
+
+int64_t size_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
+
+// f(T{}) for the storage type T.
+template <class F>
+SAM_FN void with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat: return f(float{});
+    case DType::kDouble: return f(double{});
+    case DType::kBFloat16: return f(BFloat16{});
+    case DType::kHalf: return f(Half{});
+  }
+}
+
+// Runs f(chunk, i, stream) over all chunks, in parallel over one flat list of them.
+template <class F>
+std::vector<Chunk> for_chunks(const Table& table, const F& f) {
+  const std::vector<Chunk> chunks = chunks_of(table, kChunk);
+  int64_t elements = 0, bytes = 0;
+  for (const Row& row : table) {
+    elements += row.numel;
+    bytes += row.numel * size_of(row.dtype);
+  }
+  const int64_t n = static_cast<int64_t>(chunks.size());
+  const int64_t grain = elements == 0 ? 1 : std::max<int64_t>(1, n * kGrain / elements);
+  const bool stream = bytes >= kStreamFrom;
+  const Chunk* data = chunks.data();
+  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    run(
+        [&](int64_t b, int64_t e) __attribute__((always_inline)) {
+          for (int64_t i = b; i < e; ++i) f(data[i], i, stream);
+        },
+        begin, end);
+    if (stream) end_stream();
+  });
+  return chunks;
+}
+
+void grad_sq_norm(const Table& table, const Ascent* groups, int64_t n_groups, double* sq_norms) {
+  std::vector<double> partial;
+  int64_t n = 0;
+  for (const Row& row : table) n += (row.numel + kChunk - 1) / kChunk;
+  partial.resize(n);
+  double* const out = partial.data();
+  const auto chunks = for_chunks(table, [&](const Chunk& c, int64_t i, bool) __attribute__((always_inline)) {
+    const Row& row = table[c.row];
+    const Ascent& a = groups[row.group];
+    with_dtype(row.dtype, [&](auto t) __attribute__((always_inline)) {
+      using T = decltype(t);
+      out[i] = a.adaptive != 0 ? sq_norm_chunk<T, true>(row, c, a) : sq_norm_chunk<T, false>(row, c, a);
+    });
+  });
+  std::fill(sq_norms, sq_norms + n_groups, 0.0);
+  for (size_t i = 0; i < chunks.size(); ++i) sq_norms[table[chunks[i].row].group] += partial[i];
+}
+
+void sharpness(const double* sq_norms, const Ascent* groups, int64_t n_groups, double* total, double* out) {
+  const Sharpness s(sq_norms, groups, n_groups);
+  out[0] = s.norm;
+  out[1] = s.value;
+  if (std::isfinite(s.value)) {
+    total[0] += s.value;
+    total[1] += 1;
+  }
+}
+
+void perturb(const Table& table, const Ascent* groups, const double* norm) {
+  for_chunks(table, [&](const Chunk& c, int64_t, bool stream) __attribute__((always_inline)) {
+    const Row& row = table[c.row];
+    const Ascent& a = groups[row.group];
+    with_dtype(row.dtype, [&](auto t) __attribute__((always_inline)) {
+      using T = decltype(t);
+      if (a.adaptive != 0)
+        perturb_chunk<T, true>(row, c, a, *norm, stream);
+      else
+        perturb_chunk<T, false>(row, c, a, *norm, stream);
+    });
+  });
+}
+
+void restore(const Table& table) {
+  for_chunks(table, [&](const Chunk& c, int64_t, bool stream) __attribute__((always_inline)) {
+    const Row& row = table[c.row];
+    const int64_t size = size_of(row.dtype);
+    copy(at<char>(row.param, c.begin * size), at<const char>(row.backup, c.begin * size), c.size * size, stream);
+  });
+}
+
+void restore_step(const Table& table, int base, const double* hyper) {
+  for (const Row& row : table)
+    if (row.step) *row.step += 1;
+  with_base(base, [&](auto b) {
+    using Base = decltype(b);
+    for_chunks(table, [&](const Chunk& c, int64_t, bool stream) __attribute__((always_inline)) {
+      const Row& row = table[c.row];
+      with_dtype(row.dtype, [&](auto t) __attribute__((always_inline)) {
+        restore_step_chunk<decltype(t), Base>(row, c, hyper + row.group * Base::hypers, stream);
+      });
+    });
+  });
+}
+
+}  // namespace
+
+const char* cpu_isa() { return kIsaNames[static_cast<int>(isa)]; }
+
+bool set_cpu_isa(const char* name) {
+  for (int i = 0; i <= static_cast<int>(best); ++i)
+    if (strcmp(name, kIsaNames[i]) == 0) {
+      isa = static_cast<Isa>(i);
+      return true;
+    }
+  return false;
+}
+
+const Backend cpu_backend{grad_sq_norm, sharpness, perturb, restore, restore_step};
+
+}  // namespace sam

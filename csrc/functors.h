@@ -1,0 +1,135 @@
+// The maths of SAM and of its base optimizers, one element at a time: the one place where it is written down.
+// Every backend runs these functors. Scalars are prepared in double and rounded once to the arithmetic type A.
+#pragma once
+#include <cmath>
+#include <tuple>
+#include <utility>
+
+#include "scalars.h"
+
+namespace sam {
+
+// One row of `ascent`: how the parameters of a group are perturbed.
+struct Ascent {
+  double rho, eta, adaptive;
+};
+
+// T of SAM (1) or of ASAM (|w| + eta), the norm's term T g, and the perturbed weight w + rho T^2 g / norm.
+template <class A, bool kAdaptive>
+struct Ascend {
+  A eta, scale;
+  SAM_FN explicit Ascend(const Ascent& a, double norm = 0)
+      : eta(static_cast<A>(a.eta)), scale(static_cast<A>(a.rho / (norm + 1e-12))) {}
+  SAM_FN A scaled(A w, A g) const { return kAdaptive ? (std::abs(w) + eta) * g : g; }
+  SAM_FN A perturbed(A w, A g) const {
+    const A t = kAdaptive ? std::abs(w) + eta : A(1);
+    return w + scale * (kAdaptive ? t * t * g : g);
+  }
+};
+
+// Sums over the groups of ||T g||^2 to grad_norm = ||T g|| and the first-order sharpness
+// sum rho ||T g||^2 / grad_norm (Proposition 1 of the paper when every group has the same rho).
+struct Sharpness {
+  double norm = 0, value = 0;
+  SAM_FN Sharpness(const double* sq_norms, const Ascent* groups, int64_t n) {
+    double sq = 0, weighted = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      sq += sq_norms[i];
+      weighted += groups[i].rho * sq_norms[i];
+    }
+    norm = std::sqrt(sq);
+    value = norm == 0 ? 0 : weighted / norm;
+  }
+};
+
+// ---- base optimizers ----
+// A base names its row of hyper-parameters, how many state tensors it has, and whether it counts steps; Update<A> is
+// made once a tensor and then called once an element with the weight, the gradient and the element's states.
+
+// torch.optim.SGD: lr, weight_decay, maximize, momentum, dampening, nesterov.
+template <bool kMomentum>
+struct SgdBase {
+  static constexpr const char* name = kMomentum ? "sgd_momentum" : "sgd";
+  static constexpr int states = kMomentum, hypers = 6;
+  static constexpr bool counts_steps = false;
+
+  template <class A>
+  struct Update {
+    A lr, weight_decay, sign, momentum, undamped;
+    bool nesterov;
+    SAM_FN Update(const double* h, double /*step*/)
+        : lr(static_cast<A>(h[0])),
+          weight_decay(static_cast<A>(h[1])),
+          sign(static_cast<A>(h[2] != 0 ? -1 : 1)),
+          momentum(static_cast<A>(h[3])),
+          undamped(static_cast<A>(1 - h[4])),
+          nesterov(h[5] != 0) {}
+    SAM_FN void operator()(A& w, A g, A* state) const {
+      g = sign * g;
+      if (weight_decay != 0) g += weight_decay * w;
+      if constexpr (kMomentum) {
+        state[0] = momentum * state[0] + undamped * g;
+        g = nesterov ? g + momentum * state[0] : state[0];
+      }
+      w -= lr * g;
+    }
+  };
+};
+using Sgd = SgdBase<false>;
+using SgdMomentum = SgdBase<true>;
+
+// torch.optim.Adam and AdamW: lr, weight_decay, maximize, beta1, beta2, eps, decoupled_weight_decay.
+// States: exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq.
+template <bool kAmsgrad>
+struct AdamBase {
+  static constexpr const char* name = kAmsgrad ? "adam_amsgrad" : "adam";
+  static constexpr int states = kAmsgrad ? 3 : 2, hypers = 7;
+  static constexpr bool counts_steps = true;
+
+  template <class A>
+  struct Update {
+    A decay, weight_decay, sign, lerp, beta2, one_minus_beta2, eps, step_size, inv_sqrt_correction2;
+    bool from_avg;
+    SAM_FN Update(const double* h, double step) {
+      const double lr = h[0], beta1 = h[3], b2 = h[4];
+      const bool decoupled = h[6] != 0;
+      decay = static_cast<A>(decoupled ? 1 - lr * h[1] : 1);
+      weight_decay = static_cast<A>(decoupled ? 0 : h[1]);
+      sign = static_cast<A>(h[2] != 0 ? -1 : 1);
+      from_avg = 1 - beta1 < 0.5;
+      lerp = static_cast<A>(from_avg ? 1 - beta1 : -beta1);
+      beta2 = static_cast<A>(b2);
+      one_minus_beta2 = static_cast<A>(1 - b2);
+      eps = static_cast<A>(h[5]);
+      step_size = static_cast<A>(lr / (1 - std::pow(beta1, step)));
+      inv_sqrt_correction2 = static_cast<A>(1 / std::sqrt(1 - std::pow(b2, step)));
+    }
+    SAM_FN void operator()(A& w, A g, A* state) const {
+      g = sign * g;
+      w *= decay;
+      if (weight_decay != 0) g += weight_decay * w;
+      // exp_avg = beta1 exp_avg + (1 - beta1) g, from the nearer end, as torch.lerp does
+      state[0] = (from_avg ? state[0] : g) + lerp * (g - state[0]);
+      state[1] = beta2 * state[1] + one_minus_beta2 * g * g;
+      A v = state[1];
+      if constexpr (kAmsgrad) v = state[2] = state[2] < v || v != v ? v : state[2];
+      w -= step_size * state[0] / (std::sqrt(v) * inv_sqrt_correction2 + eps);
+    }
+  };
+};
+using Adam = AdamBase<false>;
+using AdamAmsgrad = AdamBase<true>;
+
+// The registry: ops look a base up by its name, backends by its place here.
+using Bases = std::tuple<Sgd, SgdMomentum, Adam, AdamAmsgrad>;
+constexpr int kMaxStates = 3;
+
+// Calls f(Base{}) for the base at `index` of Bases.
+template <class F>
+void with_base(int index, F&& f) {
+  [&]<size_t... I>(std::index_sequence<I...>) {
+    ((static_cast<int>(I) == index ? f(std::tuple_element_t<I, Bases>{}) : void()), ...);
+  }(std::make_index_sequence<std::tuple_size_v<Bases>>{});
+}
+
+}  // namespace sam

@@ -1,0 +1,105 @@
+// The Python module: the operations on Python lists, without boxing, and what is no operator.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "backends.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+const at::Tensor& tensor_of(PyObject* object, const char* name) {
+  if (!THPVariable_Check(object)) throw py::type_error(std::string(name) + ": expected a tensor");
+  return THPVariable_Unpack(object);
+}
+
+// Borrows the tensors of a list, which must outlive the result; None gives nullptr where it is allowed.
+sam::Refs refs(const py::list& list, const char* name, bool optional = false) {
+  const Py_ssize_t n = PyList_GET_SIZE(list.ptr());
+  sam::Refs out(n);
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* item = PyList_GET_ITEM(list.ptr(), i);
+    out[i] = optional && item == Py_None ? nullptr : &tensor_of(item, name);
+  }
+  return out;
+}
+
+std::vector<int64_t> sizes_of(const py::list& list) { return py::cast<std::vector<int64_t>>(list); }
+
+at::Tensor grad_sq_norm(const py::list& params, const py::list& grads, const at::Tensor& ascent,
+                        const py::list& group_sizes) {
+  const auto p = refs(params, "params"), g = refs(grads, "grads");
+  const auto sizes = sizes_of(group_sizes);
+  const py::gil_scoped_release no_gil;
+  return sam::grad_sq_norm(p, g, ascent, sizes);
+}
+
+void perturb_(const py::list& params, const py::list& grads, const py::list& backups, const at::Tensor& grad_norm,
+              const at::Tensor& ascent, const py::list& group_sizes) {
+  const auto p = refs(params, "params"), g = refs(grads, "grads"), b = refs(backups, "backups");
+  const auto sizes = sizes_of(group_sizes);
+  const py::gil_scoped_release no_gil;
+  sam::perturb_(p, g, b, grad_norm, ascent, sizes);
+}
+
+void restore_(const py::list& params, const py::list& backups) {
+  const auto p = refs(params, "params"), b = refs(backups, "backups");
+  const py::gil_scoped_release no_gil;
+  sam::restore_(p, b);
+}
+
+void restore_step_(const std::string& base, const py::list& params, const py::list& grads, const py::list& backups,
+                   const py::list& state, const py::list& steps, const at::Tensor& hyper, const py::list& group_sizes) {
+  const auto p = refs(params, "params"), g = refs(grads, "grads"), b = refs(backups, "backups", true),
+             s = refs(state, "state"), t = refs(steps, "steps");
+  const auto sizes = sizes_of(group_sizes);
+  const py::gil_scoped_release no_gil;
+  sam::restore_step_(base, p, g, b, s, t, hyper, sizes);
+}
+
+// The gradients, of all parameters of all groups, that are not None, and a hash of what a cached list depends on: the
+// parameters themselves, which have a gradient, and each one's dtype, device, shape and strides.
+py::tuple gather(const py::list& groups) {
+  py::list grads;
+  uint64_t hash = 0xcbf29ce484222325u;
+  const auto mix = [&hash](uint64_t x) { hash = (hash ^ x) * 0x100000001b3u + (hash >> 29); };
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const py::list params = groups[g];
+    mix(params.size());
+    for (size_t i = 0; i < params.size(); ++i) {
+      PyObject* const p = PyList_GET_ITEM(params.ptr(), i);
+      const at::Tensor& t = tensor_of(p, "params");
+      const at::Tensor& grad = t.grad();
+      mix(reinterpret_cast<uintptr_t>(p));
+      mix(static_cast<uint64_t>(t.scalar_type()) << 32 | static_cast<uint64_t>(t.device().type()) << 16 |
+          static_cast<uint64_t>(t.device().index() + 1) << 1 | grad.defined());
+      for (const int64_t size : t.sizes()) mix(size);
+      for (const int64_t stride : t.strides()) mix(stride);
+      if (!grad.defined()) continue;
+      TORCH_CHECK(grad.layout() == at::kStrided, "param_groups[", g, "]['params'][", i, "].grad: expected a dense ",
+                  "gradient, got layout ", grad.layout(), "; sparse gradients are not supported");
+      grads.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(grad)));
+    }
+  }
+  return py::make_tuple(grads, hash);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "sam_fused's compiled part. Importing it registers torch.ops.sam_fused, whose operators it has too.";
+  m.def("grad_sq_norm", torch::wrap_pybind_function(grad_sq_norm));
+  m.def("sharpness_", torch::wrap_pybind_function(sam::sharpness_));
+  m.def("perturb_", torch::wrap_pybind_function(perturb_));
+  m.def("restore_", torch::wrap_pybind_function(restore_));
+  m.def("restore_step_", torch::wrap_pybind_function(restore_step_));
+  m.def("gather", torch::wrap_pybind_function(gather));
+  m.def("cpu_isa", &sam::cpu_isa);
+  m.def("set_cpu_isa", [](const std::string& name) {
+    if (!sam::set_cpu_isa(name.c_str()))
+      throw py::value_error("this CPU cannot run the instruction set '" + name + "'");
+  });
+}

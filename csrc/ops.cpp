@@ -1,0 +1,335 @@
+// The operators: every check of their arguments, the tables that the kernels run over, and the schemas.
+#include "ops.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <deque>
+
+#include "backends.h"
+
+namespace sam {
+namespace {
+
+using at::Tensor;
+
+const Backend& backend_of(const Tensor& like) {
+  TORCH_CHECK_NOT_IMPLEMENTED(like.device().is_cpu(), "sam_fused has no kernels for device ", like.device());
+  return cpu_backend;
+}
+
+// ---- checks; each message names the tensor, what was expected and what came ----
+
+DType dtype_of(const Tensor& t, const char* list, size_t i) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::kFloat;
+    case at::kDouble: return DType::kDouble;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kHalf;
+    default:
+      TORCH_CHECK_TYPE(false, list, "[", i, "]: expected dtype float32, float64, bfloat16 or float16, got ",
+                       t.scalar_type());
+  }
+}
+
+void check_like(const Tensor& t, const Tensor& param, const char* list, size_t i) {
+  TORCH_CHECK(t.layout() == at::kStrided, list, "[", i, "]: expected a dense tensor, got layout ", t.layout());
+  TORCH_CHECK(t.device() == param.device(), list, "[", i, "]: expected device ", param.device(), ", got ", t.device());
+  TORCH_CHECK_TYPE(t.scalar_type() == param.scalar_type(), list, "[", i, "]: expected dtype ", param.scalar_type(),
+                   ", got ", t.scalar_type());
+  TORCH_CHECK(t.sizes() == param.sizes(), list, "[", i, "]: expected shape ", param.sizes(), ", got ", t.sizes());
+}
+
+// Equal strides, but for dimensions of size 1, whose stride says nothing.
+bool same_strides(const Tensor& a, const Tensor& b) {
+  const Sizes sizes = a.sizes(), x = a.strides(), y = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (x[d] != y[d] && sizes[d] != 1) return false;
+  return true;
+}
+
+void check_length(const Refs& list, const Refs& params, const char* name) {
+  TORCH_CHECK(list.size() == params.size(), name, ": expected ", params.size(),
+              " tensors, one for each of params, got ", list.size());
+}
+
+// A float64 matrix on the CPU with one row a group.
+const double* check_rows(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kDouble && t.is_contiguous(), name,
+              ": expected a contiguous float64 tensor on the CPU, got ", t.scalar_type(), " on ", t.device());
+  TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, ": expected shape [", rows, ", ",
+              columns, "], got ", t.sizes());
+  return t.const_data_ptr<double>();
+}
+
+const Ascent* check_ascent(const Tensor& ascent, int64_t groups) {
+  return reinterpret_cast<const Ascent*>(check_rows(ascent, "ascent", groups, 3));
+}
+
+double* check_doubles(const Tensor& t, const char* name, int64_t numel, const at::Device& device) {
+  TORCH_CHECK(t.scalar_type() == at::kDouble && t.is_contiguous() && t.numel() == numel && t.device() == device, name,
+              ": expected ", numel, " contiguous float64 elements on ", device, ", got ", t.scalar_type(), " of shape ",
+              t.sizes(), " on ", t.device());
+  return t.data_ptr<double>();
+}
+
+// ---- tables ----
+
+// Builds the rows of a table. Kernels see one dense layout a row: the parameter's own, or for a parameter that has
+// gaps the one that empty_like gives it. A gradient of another layout is copied into it; a parameter with gaps is
+// copied in, and back by finish().
+class Rows {
+ public:
+  Rows(const Refs& params, Sizes group_sizes) : params_(params) {
+    TORCH_CHECK(!params.empty(), "params: expected at least one tensor");
+    int64_t n = 0;
+    for (int64_t size : group_sizes) n += size;
+    TORCH_CHECK(n == static_cast<int64_t>(params.size()), "group_sizes: expected to add up to the ", params.size(),
+                " tensors of params, got ", n);
+    table_.reserve(params.size());
+    dense_.reserve(params.size());
+    const at::Device device = params[0]->device();
+    size_t i = 0;
+    for (size_t g = 0; g < group_sizes.size(); ++g)
+      for (int64_t k = 0; k < group_sizes[g]; ++k, ++i) {
+        const Tensor& p = *params[i];
+        TORCH_CHECK(p.layout() == at::kStrided, "params[", i, "]: expected a dense tensor, got layout ", p.layout());
+        TORCH_CHECK(p.device() == device, "params[", i, "]: expected device ", device, ", as params[0] has, got ",
+                    p.device());
+        const bool has_gaps = !p.is_non_overlapping_and_dense();
+        if (has_gaps) copies_.push_back(at::empty_like(p).copy_(p.detach()));
+        dense_.push_back(has_gaps ? &copies_.back() : &p);
+        Row& row = table_.emplace_back();
+        row.dtype = dtype_of(p, "params", i);
+        row.group = static_cast<int32_t>(g);
+        row.numel = p.numel();
+        row.param = dense_.back()->data_ptr();
+      }
+  }
+
+  void grads(const Refs& grads) {
+    check_length(grads, params_, "grads");
+    for (size_t i = 0; i < grads.size(); ++i) {
+      const Tensor& grad = *grads[i];
+      check_like(grad, *params_[i], "grads", i);
+      const bool laid_out = same_strides(grad, *dense_[i]);
+      if (!laid_out) copies_.push_back(at::empty_like(*dense_[i]).copy_(grad));
+      table_[i].grad = (laid_out ? grad : copies_.back()).const_data_ptr();
+    }
+  }
+
+  // Null stands for a parameter that was not perturbed.
+  void backups(const Refs& backups) {
+    check_length(backups, params_, "backups");
+    for (size_t i = 0; i < backups.size(); ++i)
+      if (backups[i]) table_[i].backup = own(*backups[i], i, "backups");
+  }
+
+  void state(const Refs& state, int lists) {
+    const size_t n = params_.size();
+    TORCH_CHECK(state.size() == lists * n, "state: expected ", lists, " x ", n, " tensors, got ", state.size());
+    for (size_t k = 0; k < static_cast<size_t>(lists); ++k)
+      for (size_t i = 0; i < n; ++i) table_[i].state[k] = own(*state[k * n + i], i, "state");
+  }
+
+  void steps(const Refs& steps) {
+    check_length(steps, params_, "steps");
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const Tensor& step = *steps[i];
+      TORCH_CHECK(step.scalar_type() == at::kFloat && step.numel() == 1 && step.device().is_cpu(), "steps[", i,
+                  "]: expected one float32 element on the CPU, got ", step.scalar_type(), " of shape ", step.sizes(),
+                  " on ", step.device());
+      table_[i].step = static_cast<float*>(step.data_ptr());
+    }
+  }
+
+  const Table& table() const { return table_; }
+
+  void finish() {
+    for (size_t i = 0; i < params_.size(); ++i)
+      if (dense_[i] != params_[i]) params_[i]->detach().copy_(*dense_[i]);
+  }
+
+ private:
+  void* own(const Tensor& t, size_t i, const char* list) {
+    check_like(t, *params_[i], list, i);
+    TORCH_CHECK(same_strides(t, *dense_[i]), list, "[", i, "]: expected strides ", dense_[i]->strides(),
+                ", the parameter's dense layout, got ", t.strides());
+    return t.data_ptr();
+  }
+
+  const Refs& params_;
+  Table table_;
+  Refs dense_;
+  std::deque<Tensor> copies_;
+};
+
+// In-place operators on lists must do this themselves, or autograd uses mutated tensors without a word.
+void bump_versions(const Refs& tensors) {
+  for (const Tensor* t : tensors)
+    if (t && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
+}
+
+int find_base(std::string_view name) {
+  int found = -1;
+  for (int i = 0; i < static_cast<int>(std::tuple_size_v<Bases>); ++i)
+    with_base(i, [&](auto base) {
+      if (name == base.name) found = i;
+    });
+  TORCH_CHECK_VALUE(found >= 0, "base: the extension has no update called '", name, "'");
+  return found;
+}
+
+}  // namespace
+
+// ---- operators ----
+
+Tensor grad_sq_norm(const Refs& params, const Refs& grads, const Tensor& ascent, Sizes group_sizes) {
+  Rows rows(params, group_sizes);
+  rows.grads(grads);
+  const int64_t n = static_cast<int64_t>(group_sizes.size());
+  const Ascent* groups = check_ascent(ascent, n);
+  Tensor out = at::empty({n}, params[0]->options().dtype(at::kDouble).requires_grad(false));
+  backend_of(*params[0]).grad_sq_norm(rows.table(), groups, n, out.data_ptr<double>());
+  return out;
+}
+
+Tensor sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Tensor& total) {
+  const int64_t n = sq_norms.numel();
+  const double* squares = check_doubles(sq_norms, "sq_norms", n, sq_norms.device());
+  const Ascent* groups = check_ascent(ascent, n);
+  double* const sum = check_doubles(total, "total", 2, sq_norms.device());
+  Tensor out = at::empty({2}, sq_norms.options());
+  backend_of(sq_norms).sharpness(squares, groups, n, sum, out.data_ptr<double>());
+  bump_versions({&total});
+  return out;
+}
+
+void perturb_(const Refs& params, const Refs& grads, const Refs& backups, const Tensor& grad_norm, const Tensor& ascent,
+              Sizes group_sizes) {
+  Rows rows(params, group_sizes);
+  rows.grads(grads);
+  rows.backups(backups);
+  const Ascent* groups = check_ascent(ascent, static_cast<int64_t>(group_sizes.size()));
+  const double* norm = check_doubles(grad_norm, "grad_norm", 1, params[0]->device());
+  backend_of(*params[0]).perturb(rows.table(), groups, norm);
+  rows.finish();
+  bump_versions(params);
+  bump_versions(backups);
+}
+
+void restore_(const Refs& params, const Refs& backups) {
+  Rows rows(params, {static_cast<int64_t>(params.size())});
+  rows.backups(backups);
+  backend_of(*params[0]).restore(rows.table());
+  rows.finish();
+  bump_versions(params);
+}
+
+void restore_step_(std::string_view base, const Refs& params, const Refs& grads, const Refs& backups, const Refs& state,
+                   const Refs& steps, const Tensor& hyper, Sizes group_sizes) {
+  const int index = find_base(base);
+  Rows rows(params, group_sizes);
+  rows.grads(grads);
+  rows.backups(backups);
+  const double* values = nullptr;
+  with_base(index, [&](auto b) {
+    rows.state(state, b.states);
+    if (b.counts_steps) rows.steps(steps);
+    values = check_rows(hyper, "hyper", static_cast<int64_t>(group_sizes.size()), b.hypers);
+  });
+  backend_of(*params[0]).restore_step(rows.table(), index, values);
+  rows.finish();
+  bump_versions(params);
+  bump_versions(state);
+  bump_versions(steps);
+}
+
+// ---- torch.ops.sam_fused ----
+
+namespace {
+
+using List = std::vector<Tensor>;
+using OptionalList = c10::List<std::optional<Tensor>>;
+
+Refs refs(const List& list) {
+  Refs out;
+  for (const Tensor& t : list) out.push_back(&t);
+  return out;
+}
+Refs refs(const OptionalList& list) {
+  Refs out;
+  for (const std::optional<Tensor>& t : list) out.push_back(t.has_value() ? &*t : nullptr);
+  return out;
+}
+
+struct Eager {
+  static Tensor grad_sq_norm(const List& params, const List& grads, const Tensor& ascent, Sizes sizes) {
+    return sam::grad_sq_norm(refs(params), refs(grads), ascent, sizes);
+  }
+  static void perturb_(const List& params, const List& grads, const List& backups, const Tensor& norm,
+                       const Tensor& ascent, Sizes sizes) {
+    sam::perturb_(refs(params), refs(grads), refs(backups), norm, ascent, sizes);
+  }
+  static void restore_(const List& params, const List& backups) { sam::restore_(refs(params), refs(backups)); }
+  static void restore_step_(c10::string_view base, const List& params, const List& grads, const OptionalList& backups,
+                            const List& state, const List& steps, const Tensor& hyper, Sizes sizes) {
+    sam::restore_step_({base.data(), base.size()}, refs(params), refs(grads), refs(backups), refs(state), refs(steps),
+                       hyper, sizes);
+  }
+};
+
+// Fake kernels, for tracing: shapes only.
+struct Meta {
+  static Tensor grad_sq_norm(const List& params, const List&, const Tensor&, Sizes group_sizes) {
+    return at::empty({static_cast<int64_t>(group_sizes.size())}, params[0].options().dtype(at::kDouble));
+  }
+  static Tensor sharpness_(const Tensor& sq_norms, const Tensor&, const Tensor&) {
+    return at::empty({2}, sq_norms.options());
+  }
+  static void perturb_(const List&, const List&, const List&, const Tensor&, const Tensor&, Sizes) {}
+  static void restore_(const List&, const List&) {}
+  static void restore_step_(c10::string_view, const List&, const List&, const OptionalList&, const List&, const List&,
+                            const Tensor&, Sizes) {}
+};
+
+}  // namespace
+
+// Lists hold one tensor for each of params; group_sizes cuts params into groups, whose values are the rows of
+// `ascent` or `hyper` (ops.h).
+TORCH_LIBRARY(sam_fused, m) {
+  m.def("grad_sq_norm(Tensor[] params, Tensor[] grads, Tensor ascent, int[] group_sizes) -> Tensor");
+  m.def("sharpness_(Tensor sq_norms, Tensor ascent, Tensor(a!) total) -> Tensor");
+  m.def(
+      "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backups, Tensor grad_norm, Tensor ascent, "
+      "int[] group_sizes) -> ()");
+  m.def("restore_(Tensor(a!)[] params, Tensor[] backups) -> ()");
+  m.def(
+      "restore_step_(str base, Tensor(a!)[] params, Tensor[] grads, Tensor?[] backups, Tensor(b!)[] state, "
+      "Tensor(c!)[] steps, Tensor hyper, int[] group_sizes) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(sam_fused, CPU, m) {
+  m.impl("grad_sq_norm", Eager::grad_sq_norm);
+  m.impl("sharpness_", sharpness_);
+  m.impl("perturb_", Eager::perturb_);
+  m.impl("restore_", Eager::restore_);
+  m.impl("restore_step_", Eager::restore_step_);
+}
+
+TORCH_LIBRARY_IMPL(sam_fused, Meta, m) {
+  m.impl("grad_sq_norm", Meta::grad_sq_norm);
+  m.impl("sharpness_", Meta::sharpness_);
+  m.impl("perturb_", Meta::perturb_);
+  m.impl("restore_", Meta::restore_);
+  m.impl("restore_step_", Meta::restore_step_);
+}
+
+// None of the operators is differentiable.
+TORCH_LIBRARY_IMPL(sam_fused, Autograd, m) {
+  for (const char* op : {"grad_sq_norm", "sharpness_", "perturb_", "restore_", "restore_step_"})
+    m.impl(op, torch::CppFunction::makeFallthrough());
+}
+
+}  // namespace sam

@@ -1,0 +1,35 @@
+// The operations over lists of tensors, as both front ends call them: torch.ops (schemas, tracing) and the Python
+// module (no boxing: boxing costs more than the work where tensors are small).
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+#include <vector>
+
+namespace sam {
+
+// One pointer a tensor, owned by the caller: copying a tensor handle that only Python holds takes the GIL. In an
+// optional list nullptr stands for None.
+using Refs = std::vector<const at::Tensor*>;
+using Sizes = at::IntArrayRef;
+
+// Squared norms ||T g||^2 of the groups, float64 [groups]. `ascent` is float64 [groups, 3]: rho, eta, adaptive.
+at::Tensor grad_sq_norm(const Refs& params, const Refs& grads, const at::Tensor& ascent, Sizes group_sizes);
+
+// {grad_norm, sharpness}, float64 [2]; a finite sharpness is added to `total`, float64 {sum, count}.
+at::Tensor sharpness_(const at::Tensor& sq_norms, const at::Tensor& ascent, const at::Tensor& total);
+
+// Saves params to backups and adds rho T^2 g / grad_norm; only saves them where grad_norm is not finite.
+void perturb_(const Refs& params, const Refs& grads, const Refs& backups, const at::Tensor& grad_norm,
+              const at::Tensor& ascent, Sizes group_sizes);
+
+// Copies backups to params.
+void restore_(const Refs& params, const Refs& backups);
+
+// One step of `base` from the backups (optional, one by one) or from params. `state` is the base's state lists one
+// after the other; `steps` are float32 step counters, which it advances, empty for a base that counts none; `hyper` is
+// float64 [groups, hyper-parameters], in the order of the base's functor.
+void restore_step_(std::string_view base, const Refs& params, const Refs& grads, const Refs& backups, const Refs& state,
+                   const Refs& steps, const at::Tensor& hyper, Sizes group_sizes);
+
+}  // namespace sam

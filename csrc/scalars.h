@@ -1,0 +1,84 @@
+// The four storage types, and the exact conversions between each and the type that its arithmetic is done in.
+// Free of torch, so that every backend and every compiler sees the same code; free of branches, so that loops over
+// the conversions vectorise.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define SAM_FN __host__ __device__ __forceinline__
+#else
+#define SAM_FN inline __attribute__((always_inline))
+#endif
+
+namespace sam {
+
+enum class DType : int32_t { kFloat, kDouble, kBFloat16, kHalf };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// Arithmetic type of a storage type: double for double, float for the rest.
+template <class T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <class T>
+using arithmetic_t = typename Arithmetic<T>::type;
+
+SAM_FN uint32_t bits_of(float x) {
+  uint32_t u;
+  memcpy(&u, &x, sizeof u);
+  return u;
+}
+SAM_FN float float_of(uint32_t u) {
+  float x;
+  memcpy(&x, &u, sizeof x);
+  return x;
+}
+
+SAM_FN float load(const float& x) { return x; }
+SAM_FN double load(const double& x) { return x; }
+SAM_FN float load(const BFloat16& x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+
+SAM_FN float load(const Half& x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  // Half's exponent bias is 15 and float's 127: 112 more, and 112 more again for infinity and NaN.
+  const uint32_t top = magnitude >= (31u << 23) ? 224u << 23 : 112u << 23;
+  // In [0.5, 1) the last bit of a float weighs 2^-24, as it does in a subnormal half.
+  const float subnormal = float_of((x.bits & 0x7fffu) | bits_of(0.5f)) - 0.5f;
+  const uint32_t bits = magnitude < (1u << 23) ? bits_of(subnormal) : magnitude + top;
+  return float_of(bits | static_cast<uint32_t>(x.bits & 0x8000) << 16);
+}
+
+// store() rounds to nearest, ties to even, as IEEE 754 and torch do.
+SAM_FN void store(float& out, float x) { out = x; }
+SAM_FN void store(double& out, double x) { out = x; }
+
+SAM_FN void store(BFloat16& out, float x) {
+  const uint32_t u = bits_of(x);
+  const uint32_t rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+  out.bits = static_cast<uint16_t>(nan ? 0x7fc0u : rounded);
+}
+
+SAM_FN void store(Half& out, float x) {
+  const uint32_t u = bits_of(x);
+  const uint32_t magnitude = u & 0x7fffffffu;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  uint32_t bits = magnitude < (113u << 23) ? subnormal : normal;
+  bits = magnitude >= (143u << 23) ? special : bits;
+  out.bits = static_cast<uint16_t>(bits | (u >> 16 & 0x8000u));
+}
+
+}  // namespace sam
