@@ -1,0 +1,102 @@
+"""Which base optimizers have a native update, and what it needs from a parameter group.
+
+A native update is a functor of ``csrc/functors.h``; an entry here says by which ``torch.optim`` class it is used,
+which ``torch.optim`` state keys it moves, and in which order its hyper-parameters come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Update:
+    """A functor of the extension.
+
+    Attributes:
+        name: the functor's name.
+        state: ``torch.optim``'s keys of the state tensors, in the functor's order.
+        hyper: a group's hyper-parameters as floats, in the functor's order. Its second argument says whether the state
+            was made in this very step.
+        counts_steps: whether the state has a ``step``.
+    """
+
+    name: str
+    state: tuple[str, ...]
+    hyper: Callable[[Group, bool], tuple[float, ...]]
+    counts_steps: bool = False
+
+
+def _sgd_hyper(group: Group, fresh: bool) -> tuple[float, ...]:
+    # torch.optim.SGD starts the momentum buffer from the whole gradient, not from the dampened one.
+    dampening = 0.0 if fresh else group["dampening"]
+    return tuple(
+        float(x)
+        for x in (
+            group["lr"],
+            group["weight_decay"],
+            group["maximize"],
+            group["momentum"],
+            dampening,
+            group["nesterov"],
+        )
+    )
+
+
+def _adam_hyper(decoupled: bool) -> Callable[[Group, bool], tuple[float, ...]]:
+    def hyper(group: Group, fresh: bool) -> tuple[float, ...]:
+        return tuple(
+            float(x)
+            for x in (
+                group["lr"],
+                group["weight_decay"],
+                group["maximize"],
+                *group["betas"],
+                group["eps"],
+                group.get("decoupled_weight_decay", decoupled),
+            )
+        )
+
+    return hyper
+
+
+_SGD = Update("sgd", (), _sgd_hyper)
+_SGD_MOMENTUM = Update("sgd_momentum", ("momentum_buffer",), _sgd_hyper)
+
+
+def _adams(decoupled: bool) -> tuple[Update, Update]:
+    hyper = _adam_hyper(decoupled)
+    state = ("exp_avg", "exp_avg_sq")
+    return (
+        Update("adam", state, hyper, counts_steps=True),
+        Update("adam_amsgrad", (*state, "max_exp_avg_sq"), hyper, counts_steps=True),
+    )
+
+
+_ADAM, _ADAMW = _adams(decoupled=False), _adams(decoupled=True)
+
+#: From a base class to the native update of one of its groups.
+NATIVE: dict[type[Optimizer], Callable[[Group], Update]] = {
+    torch.optim.SGD: lambda group: _SGD_MOMENTUM if group["momentum"] else _SGD,
+    torch.optim.Adam: lambda group: _ADAM[bool(group["amsgrad"])],
+    torch.optim.AdamW: lambda group: _ADAMW[bool(group["amsgrad"])],
+}
+
+
+def native_update(base: Optimizer, group: Group) -> Update | None:
+    """The native update of ``group``, or None where ``base`` has none and its own ``step`` must be called.
+
+    Only the classes of :data:`NATIVE` themselves count: a subclass may compute something else. ``foreach`` and
+    ``fused`` choose among equal implementations and are not looked at.
+    """
+    choose = NATIVE.get(type(base))
+    if choose is None or group.get("differentiable") or group.get("capturable"):
+        return None
+    return choose(group)

@@ -1,0 +1,278 @@
+"""FusedSAM: SAM's arithmetic in one operator call for all the tensors of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .bases import Update, native_update
+from .sam import SAM
+
+try:
+    from . import _C
+except ImportError as error:  # FusedSAM raises it where it is constructed
+    _C = None
+    _import_error = error
+
+BUILD_COMMAND = "pip install --no-build-isolation -e ."
+
+
+class _Lists:
+    """Parameters that go into one operator call, in runs of one group each, and what goes with them."""
+
+    def __init__(self, update: Update | None) -> None:
+        self.update = update
+        self.params: list[Tensor] = []
+        self.positions: list[int] = []
+        self.runs: list[tuple[dict[str, Any], bool]] = []  # (group, whether its state was made for the coming step)
+        self.sizes: list[int] = []
+        self.backups: list[Tensor | None] = []
+        self.state: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        self._packed: tuple[Any, Tensor] | None = None
+
+    def append(self, position: int, p: Tensor, group: dict[str, Any], fresh: bool = False) -> None:
+        self.params.append(p)
+        self.positions.append(position)
+        if not self.runs or self.runs[-1][0] is not group or self.runs[-1][1] != fresh:
+            self.runs.append((group, fresh))
+            self.sizes.append(0)
+        self.sizes[-1] += 1
+
+    def pick(self, grads: list[Tensor]) -> list[Tensor]:
+        return grads if len(grads) == len(self.positions) else [grads[i] for i in self.positions]
+
+    def pack(self, row: Callable[[dict[str, Any], bool], tuple[float, ...]]) -> Tensor:
+        """One row of float64 values for each run."""
+        rows = [row(*run) for run in self.runs]
+        if self._packed is None or self._packed[0] != rows:
+            self._packed = (rows, torch.tensor(rows, dtype=torch.float64))
+        return self._packed[1]
+
+
+class _Plan:
+    """The lists of a step, for one choice of parameters that have a gradient."""
+
+    def __init__(self, active: list[tuple[dict[str, Any], Tensor]], updates: list[Update | None]) -> None:
+        self.active = active
+        self.updates = updates  # of each active parameter
+        self.ascent: list[_Lists] = []
+        self.descent: list[_Lists] | None = None
+        self.states = 0  # entries of the optimizer's state when `descent` was made
+        self.leftover: tuple[list[Tensor], list[Tensor]] = ([], [])  # perturbed, and now without a gradient
+        self.matched: Any = None  # the perturbed lists that `descent` and `leftover` know of
+
+
+def _ascent_row(group: dict[str, Any], fresh: bool) -> tuple[float, ...]:
+    return float(group["rho"]), float(group["eta"]), float(group["adaptive"])
+
+
+def _lists_for(lists: dict[Hashable, _Lists], key: Hashable, update: Update | None) -> _Lists:
+    if key not in lists:
+        lists[key] = _Lists(update)
+    return lists[key]
+
+
+def _laid_out_like(t: Tensor | None, p: Tensor) -> bool:
+    """Whether the extension can use ``t`` as it is beside ``p``: same dtype, device, shape and dense strides."""
+    return (
+        t is not None
+        and t.dtype == p.dtype
+        and t.device == p.device
+        and t.shape == p.shape
+        and t.stride() == torch.empty_like(p, device="meta").stride()
+    )
+
+
+class FusedSAM(SAM):
+    r"""Sharpness-Aware Minimization around a base optimizer, fused over all parameter tensors.
+
+    Implements Algorithm 1 and Proposition 1 of "Study on Loss Landscape Geometry for Improving Generalization in
+    Adaptive Optimization Methods" (Khalid, Ponraj, Mukherjee), which puts the SAM of Foret et al.
+    (https://arxiv.org/abs/2010.01412) around any base, and the ASAM of Kwon et al.
+    (https://arxiv.org/abs/2102.11600):
+
+    .. math::
+        \epsilon_i = \rho_i\, T^2 g_i / (\|T g\|_2 + 10^{-12}), \qquad
+        w \leftarrow \mathrm{base}(w, \nabla L(w + \epsilon))
+
+    with T = 1, or T = abs(w) + eta if ``adaptive``. The norm is taken over all groups whose rho > 0; a group with
+    rho = 0 is neither perturbed nor counted. Weight decay is no part of the ascent gradient.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as for any ``torch.optim`` optimizer. Groups may have
+            their own ``rho``, ``adaptive`` and ``eta``. Float32, float64, bfloat16 or float16 tensors of any shape and
+            strides, mixed at will; arithmetic is in float32 (float64 for float64) and norms are summed in float64.
+        base: an optimizer class. SGD, Adam and AdamW of ``torch.optim`` have native updates, fused with the restoring
+            of the weights; any other class works by its own ``step()``.
+        rho: radius of the neighbourhood, >= 0, in the units of the weights (for ASAM, relative to them).
+        adaptive: ASAM, T = abs(w) + eta, element by element.
+        eta: ASAM's offset, >= 0.
+        model: the module whose BatchNorm running statistics are to move in the first pass only.
+        base_kwargs: the base's own options, ``lr`` and the like.
+
+    Raises:
+        ImportError: if the extension is not built.
+        TypeError, ValueError: on arguments that are not as described, and for a base with an option called rho,
+            adaptive or eta (Adadelta).
+
+    Example::
+
+        opt = FusedSAM(model.parameters(), torch.optim.Adam, lr=1e-3, rho=0.05, model=model)
+
+        def closure():
+            opt.zero_grad()
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            return loss
+
+        loss = opt.step(closure)
+    """
+
+    def _prepare(self) -> None:
+        if _C is None:
+            raise ImportError(
+                f"sam_fused's extension could not be imported: {_import_error}. "
+                f"Build it from the source tree with: {BUILD_COMMAND}"
+            ) from _import_error
+        self._plans: dict[Hashable, _Plan] = {}
+        self._planned_for: Any = None
+        self._backups: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    # ---- the cached lists ----
+
+    def _gather(self) -> tuple[_Plan, list[Tensor]]:
+        """The present gradients, and the lists that fit them."""
+        groups = self.param_groups
+        if self._planned_for is not self.state:  # a checkpoint was loaded
+            self._plans.clear()
+            self._planned_for = self.state
+        grads, layout = _C.gather([group["params"] for group in groups])
+        updates = tuple(native_update(self.base_optimizer, group) for group in groups)
+        key = (layout, updates, tuple(group["rho"] > 0 for group in groups))
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= 8:
+                self._plans.clear()
+            plan = self._plans[key] = self._make_plan(updates)
+        return plan, grads
+
+    def _make_plan(self, updates: tuple[Update | None, ...]) -> _Plan:
+        pairs = list(zip(self.param_groups, updates, strict=True))
+        active = [(group, p, update) for group, update in pairs for p in group["params"] if p.grad is not None]
+        plan = _Plan([(group, p) for group, p, _ in active], [update for *_, update in active])
+        lists: dict[Hashable, _Lists] = {}
+        for position, (group, p) in enumerate(plan.active):
+            if group["rho"] > 0:
+                _lists_for(lists, p.device, None).append(position, p, group)
+        plan.ascent = list(lists.values())
+        return plan
+
+    def _make_descent(self, plan: _Plan) -> list[_Lists]:
+        """The lists of the update, with the base's state made or moved to the parameters' layout where need be."""
+        lists: dict[Hashable, _Lists] = {}
+        for position, ((group, p), update) in enumerate(zip(plan.active, plan.updates, strict=True)):
+            state = self.state[p] if update.state else {}
+            fresh = any(state.get(key) is None for key in update.state)
+            for key in update.state:
+                old = state.get(key)
+                if not _laid_out_like(old, p):
+                    state[key] = torch.zeros_like(p, requires_grad=False)
+                    if old is not None:
+                        state[key].copy_(old)
+            if update.counts_steps:
+                step = state.get("step", 0.0)
+                if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device.type != "cpu":
+                    state["step"] = torch.tensor(float(step), dtype=torch.float32)
+            to = _lists_for(lists, (p.device, update), update)
+            to.append(position, p, group, fresh)
+            to.state.append([state[key] for key in update.state])
+            if update.counts_steps:
+                to.steps.append(state["step"])
+        for to in lists.values():
+            to.state = [tensors[k] for k in range(len(to.update.state)) for tensors in to.state]
+        return list(lists.values())
+
+    def _match(self, plan: _Plan) -> None:
+        """Give each parameter of the update its backup, and find the perturbed ones that have no gradient now."""
+        perturbed = [pair for lists in self._backup or [] for pair in zip(lists.params, lists.backups, strict=True)]
+        backup_of = {id(p): backup for p, backup in perturbed}
+        for lists in plan.descent:
+            lists.backups = [backup_of.pop(id(p), None) for p in lists.params]
+        left = [(p, backup) for p, backup in perturbed if id(p) in backup_of]
+        plan.leftover = ([p for p, _ in left], [backup for _, backup in left])
+        plan.matched = self._backup
+
+    def _backup_of(self, p: Tensor) -> Tensor:
+        """A buffer to save ``p`` in, kept from step to step."""
+        if not _laid_out_like(self._backups.get(p), p):
+            self._backups[p] = torch.empty_like(p, requires_grad=False)
+        return self._backups[p]
+
+    # ---- the arithmetic ----
+
+    def _ascend(self, perturb: bool) -> None:
+        plan, grads = self._gather()
+        calls = [(lists, lists.pick(grads), lists.pack(_ascent_row)) for lists in plan.ascent]
+        squares = [_C.grad_sq_norm(lists.params, g, ascent, lists.sizes) for lists, g, ascent in calls]
+        if len(calls) == 1:
+            sq_norms, ascents = squares[0], calls[0][2]
+        else:
+            sq_norms = torch.cat([self._total.new_empty(0), *(sq.to(self._total.device) for sq in squares)])
+            ascents = torch.cat([torch.empty(0, 3, dtype=torch.float64), *(ascent for *_, ascent in calls)])
+        self._total = self._total.to(sq_norms.device)
+        self._measured = _C.sharpness_(sq_norms, ascents, self._total)
+        if not perturb:
+            return
+        self._backup = []
+        for lists, g, ascent in calls:
+            if not lists.backups:
+                lists.backups = [self._backup_of(p) for p in lists.params]
+            norm = self._measured[0].to(lists.params[0].device)
+            _C.perturb_(lists.params, g, lists.backups, norm, ascent, lists.sizes)
+            self._backup.append(lists)
+        self._backup = plan.ascent  # the same lists; one object a plan, for _match
+
+    def _restore(self) -> None:
+        for lists in self._backup:
+            _C.restore_(lists.params, lists.backups)
+
+    def _descend(self) -> None:
+        plan, grads = self._gather()
+        if None in plan.updates:
+            if self.perturbed:
+                self._restore()
+            self.base_optimizer.step()
+            return
+        if plan.descent is None or plan.states != len(self.state):
+            plan.descent = self._make_descent(plan)
+            plan.states = len(self.state)
+            self._match(plan)
+        elif plan.matched is not self._backup:
+            self._match(plan)
+        if plan.leftover[0]:
+            _restore_by_device(*plan.leftover)
+        for lists in plan.descent:
+            hyper = lists.pack(lists.update.hyper)
+            _C.restore_step_(
+                lists.update.name,
+                lists.params,
+                lists.pick(grads),
+                lists.backups,
+                lists.state,
+                lists.steps,
+                hyper,
+                lists.sizes,
+            )
+        if any(fresh for lists in plan.descent for _, fresh in lists.runs):
+            plan.descent = None
+
+
+def _restore_by_device(params: list[Tensor], backups: list[Tensor]) -> None:
+    for device in {p.device for p in params}:
+        pairs = [(p, b) for p, b in zip(params, backups, strict=True) if p.device == device]
+        _C.restore_([p for p, _ in pairs], [b for _, b in pairs])

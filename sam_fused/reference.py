@@ -1,0 +1,121 @@
+"""SAM in plain PyTorch loops, to be read beside Algorithm 1 of the paper: the oracle of the tests.
+
+Nothing here uses the extension. Arithmetic is in float32 or, for float64 parameters, in float64; what is stored is
+rounded once to the parameter's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sam import SAM
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _ascent_scale(w: Tensor, group: dict[str, Any]) -> Tensor:
+    """T: 1, or |w| + eta for ASAM."""
+    return w.abs() + group["eta"] if group["adaptive"] else torch.ones_like(w)
+
+
+def sgd(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """torch.optim.SGD: returns the new weight."""
+    if group["maximize"]:
+        g = -g
+    g = g + group["weight_decay"] * w
+    if group["momentum"]:
+        fresh = state.get("momentum_buffer") is None
+        buffer = g if fresh else group["momentum"] * _wide(state["momentum_buffer"]) + (1 - group["dampening"]) * g
+        if fresh:
+            state["momentum_buffer"] = torch.empty_like(w, dtype=group["dtype"])
+        state["momentum_buffer"].copy_(buffer)
+        g = g + group["momentum"] * buffer if group["nesterov"] else buffer
+    return w - group["lr"] * g
+
+
+def adam(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """torch.optim.Adam, and AdamW where the weight decay is decoupled: returns the new weight."""
+    beta1, beta2 = group["betas"]
+    keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        state.update({key: torch.zeros_like(w, dtype=group["dtype"]) for key in keys})
+    state["step"] += 1
+    t = state["step"].item()
+    if group["maximize"]:
+        g = -g
+    if group["decoupled_weight_decay"]:
+        w = w - group["lr"] * group["weight_decay"] * w
+    else:
+        g = g + group["weight_decay"] * w
+    m = beta1 * _wide(state["exp_avg"]) + (1 - beta1) * g
+    v = beta2 * _wide(state["exp_avg_sq"]) + (1 - beta2) * g * g
+    state["exp_avg"].copy_(m)
+    state["exp_avg_sq"].copy_(v)
+    if group["amsgrad"]:
+        v = torch.maximum(_wide(state["max_exp_avg_sq"]), v)
+        state["max_exp_avg_sq"].copy_(v)
+    m_hat = m / (1 - beta1**t)
+    v_hat = v / (1 - beta2**t)
+    return w - group["lr"] * m_hat / (v_hat.sqrt() + group["eps"])
+
+
+#: The update of each native base, by class, as ``bases.NATIVE`` has the extension's.
+UPDATES = {torch.optim.SGD: sgd, torch.optim.Adam: adam, torch.optim.AdamW: adam}
+
+
+class ReferenceSAM(SAM):
+    """What :class:`FusedSAM` computes, with the same arguments, in plain PyTorch: slow, and meant to be read."""
+
+    def _with_grad(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    if p.grad.is_sparse:
+                        raise RuntimeError("sparse gradients are not supported")
+                    yield group, p
+
+    def _ascend(self, perturb: bool) -> None:
+        ascent = [(group, p) for group, p in self._with_grad() if group["rho"] > 0]
+        squares = [
+            (_ascent_scale(_wide(p), group) * _wide(p.grad)).double().square().sum().to(self._total.device)
+            for group, p in ascent
+        ]
+        zero = torch.zeros((), dtype=torch.float64, device=self._total.device)
+        norm = torch.stack([zero, *squares]).sum().sqrt()
+        sharpness = sum((group["rho"] * sq / norm for (group, _), sq in zip(ascent, squares, strict=True)), zero)
+        sharpness = torch.where(norm == 0, zero, sharpness)
+        self._measured = torch.stack([norm, sharpness])
+        if sharpness.isfinite():
+            self._total += torch.stack([sharpness, torch.ones_like(sharpness)])
+        if not perturb:
+            return
+        self._backup = [(p, p.clone()) for _, p in ascent]
+        if not norm.isfinite():
+            return
+        for group, p in ascent:
+            w, g = _wide(p), _wide(p.grad)
+            t = _ascent_scale(w, group)
+            p.copy_(w + group["rho"] / (norm.item() + 1e-12) * t * t * g)
+
+    def _restore(self) -> None:
+        for p, backup in self._backup:
+            p.copy_(backup)
+
+    def _descend(self) -> None:
+        if self.perturbed:
+            self._restore()
+        update = UPDATES.get(type(self.base_optimizer))
+        if update is None:
+            self.base_optimizer.step()
+            return
+        decoupled = isinstance(self.base_optimizer, torch.optim.AdamW)
+        for group, p in self._with_grad():
+            options = {"decoupled_weight_decay": decoupled, **group, "dtype": p.dtype}
+            p.copy_(update(_wide(p), _wide(p.grad), self.state[p], options))

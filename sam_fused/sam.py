@@ -1,0 +1,298 @@
+"""SAM around a base optimizer: everything but the arithmetic, which a subclass brings."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .batchnorm import freeze_statistics, thaw_statistics
+
+_OPTIONS = ("rho", "adaptive", "eta")
+
+
+class SAM(Optimizer):
+    """Common part of :class:`FusedSAM` and :class:`ReferenceSAM`; see :class:`FusedSAM` for the arguments.
+
+    A subclass has ``_ascend``, ``_restore`` and ``_descend``. While the weights are perturbed, ``_backup`` holds what
+    ``_restore`` needs; otherwise it is None.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base: type[Optimizer] = torch.optim.Adam,
+        *,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        eta: float = 0.0,
+        model: nn.Module | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        if not (isinstance(base, type) and issubclass(base, Optimizer)):
+            raise TypeError(f"base: expected a class of torch.optim.Optimizer, such as torch.optim.Adam, got {base!r}")
+        closure = inspect.signature(base.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(f"base: {base.__name__}.step needs a closure of its own and cannot be a base of SAM")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        self._prepare()
+        self._backup: Any = None
+        self._frozen: list[nn.Module] = []
+        self.model = model
+        options = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        _check_options(options)
+        self.base_optimizer = base(params, **base_kwargs)
+        clash = [name for name in _OPTIONS if name in self.base_optimizer.defaults]
+        if clash:
+            raise ValueError(
+                f"base: {base.__name__} has an option {clash[0]!r} of its own, which cannot be told from SAM's; "
+                "this base is not supported"
+            )
+        # Optimizer.__init__ empties param_groups and fills it again through add_param_group. Both attributes are the
+        # base's own (see below), so there is one list and one state.
+        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **options})
+        device = self.param_groups[0]["params"][0].device if self.param_groups[0]["params"] else torch.device("cpu")
+        self._measured = torch.full((2,), math.nan, dtype=torch.float64, device=device)
+        self._total = torch.zeros(2, dtype=torch.float64, device=device)
+
+    # ---- what a subclass brings ----
+
+    def _prepare(self) -> None:
+        """Set up the subclass; called before anything else, and again after unpickling."""
+
+    def _ascend(self, perturb: bool) -> None:
+        """Measure the gradient norm and the sharpness (``_measured``, ``_total``); if asked, perturb the weights."""
+        raise NotImplementedError
+
+    def _restore(self) -> None:
+        """Copy the backup to the weights."""
+        raise NotImplementedError
+
+    def _descend(self) -> None:
+        """Update by the base from the restored weights, with the present gradients."""
+        raise NotImplementedError
+
+    # ---- one parameter-group list and one state, the base's ----
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As :meth:`torch.optim.Optimizer.add_param_group`; the group may have its own rho, adaptive and eta."""
+        if isinstance(param_group, dict):
+            _check_options(param_group)
+        self.base_optimizer.add_param_group(param_group)
+        try:
+            _check_params(param_group["params"], len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        for name in _OPTIONS:
+            param_group.setdefault(name, self.defaults[name])
+
+    # ---- steps ----
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimization step.
+
+        Args:
+            closure: zeroes the gradients, runs forward and backward and returns the loss. It is called twice, at the
+                weights and at the perturbed weights; the first loss is returned. If either call raises, the weights
+                are what they were, bit for bit, and the exception goes on.
+
+        Without a closure: restores the weights if :meth:`first_step` has perturbed them, then updates them by the base
+        optimizer with the present gradients. Without ``first_step`` before it, this is the base optimizer's own step.
+        """
+        if closure is None:
+            self._descend()
+            self._settle()
+            self.base_optimizer._opt_called = True  # what a scheduler that was given the base asks for
+            return None
+        self._check_not_perturbed("step(closure)")
+        with torch.enable_grad():
+            loss = closure()
+        self.first_step()
+        try:
+            with torch.enable_grad():
+                closure()
+            self._descend()
+        except BaseException:
+            self.restore()
+            raise
+        self._settle()
+        self.base_optimizer._opt_called = True
+        return loss
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Ascend: measure the sharpness from the present gradients and move the weights to w + eps.
+
+        From here to :meth:`second_step` (or :meth:`step`, :meth:`restore`) :attr:`perturbed` is True and the BatchNorm
+        statistics of ``model`` stand still.
+
+        Args:
+            zero_grad: then zero the gradients.
+
+        Raises:
+            RuntimeError: if the weights are perturbed already.
+        """
+        self._check_not_perturbed("first_step()")
+        self._ascend(perturb=True)
+        if self.model is not None:
+            self._frozen = freeze_statistics(self.model)
+        if zero_grad:
+            self.zero_grad()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """:meth:`step` without a closure.
+
+        Args:
+            zero_grad: then zero the gradients.
+        """
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def measure_sharpness(self) -> None:
+        """Measure :attr:`grad_norm` and :attr:`sharpness` from the present gradients, and perturb nothing.
+
+        Raises:
+            RuntimeError: if the weights are perturbed: their gradients do not belong to w.
+        """
+        self._check_not_perturbed("measure_sharpness()")
+        self._ascend(perturb=False)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the weights back as they were before :meth:`first_step`, bit for bit; nothing to do if not perturbed."""
+        if self.perturbed:
+            self._restore()
+        self._settle()
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the weights are at w + eps."""
+        return self._backup is not None
+
+    def _settle(self) -> None:
+        self._backup = None
+        thaw_statistics(self._frozen)
+        self._frozen = []
+
+    def _check_not_perturbed(self, what: str) -> None:
+        if self.perturbed:
+            raise RuntimeError(
+                f"{what} was called while the weights are perturbed; call second_step() to finish the step or "
+                "restore() to drop it"
+            )
+
+    # ---- measurements ----
+
+    @property
+    def sharpness(self) -> Tensor:
+        """First-order sharpness of the last ascent, sum_i rho_i ||T g_i||^2 / ||T g||: rho ||g|| (Proposition 1).
+
+        Float64, 0-dim, on the parameters' device; NaN before the first measurement. Reading it copies nothing to the
+        host.
+        """
+        return self._measured[1]
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """||T g|| of the last ascent, as :attr:`sharpness`."""
+        return self._measured[0]
+
+    def mean_sharpness(self, reset: bool = True) -> Tensor:
+        """Mean sharpness since the last reset, over the steps where it was finite: Algorithm 1's value of an epoch.
+
+        The paper divides by the index of the last batch; this divides by the number of batches.
+
+        Args:
+            reset: start anew.
+
+        Returns:
+            Float64, 0-dim, on the parameters' device; NaN if nothing was measured.
+        """
+        mean = self._total[0] / self._total[1]
+        if reset:
+            self._total = torch.zeros_like(self._total)
+        return mean
+
+    # ---- saving and copying ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state and groups, with rho, adaptive and eta in each group; never the backup.
+
+        Raises:
+            RuntimeError: if the weights are perturbed.
+        """
+        self._check_not_perturbed("state_dict()")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of the plain base optimizer, which leaves rho, adaptive and eta alone.
+
+        Raises:
+            RuntimeError: if the weights are perturbed.
+        """
+        self._check_not_perturbed("load_state_dict()")
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_not_perturbed("copying or pickling")
+        return {name: self.__dict__[name] for name in ("base_optimizer", "model", "defaults", "_measured", "_total")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base_optimizer" in state:  # unpickled, or a deep copy
+            self._prepare()
+            self._backup = None
+            self._frozen = []
+            super().__setstate__(state)
+            return
+        # From Optimizer.load_state_dict: new groups and a new state, in which the base fills in what older checkpoints
+        # lack.
+        for new, old in zip(state["param_groups"], self.param_groups, strict=True):
+            for name in _OPTIONS:
+                new.setdefault(name, old[name])
+        self.base_optimizer.__setstate__(state)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name in ("rho", "eta"):
+        value = options.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+    if not isinstance(options.get("adaptive", False), bool):
+        raise ValueError(f"adaptive: expected True or False, got {options['adaptive']!r}")
+
+
+def _check_params(params: list[Tensor], group: int) -> None:
+    for i, p in enumerate(params):
+        if p.is_complex():
+            raise ValueError(
+                f"param_groups[{group}]['params'][{i}]: complex parameters are not supported; "
+                "hold torch.view_as_real of it as the parameter"
+            )
+    if len(set(params)) != len(params):
+        raise ValueError(f"param_groups[{group}]['params']: a parameter appears twice")
