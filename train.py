@@ -1,0 +1,615 @@
+"""Train a CIFAR-10 network with FusedSAM, or with its plain base optimizer.
+
+    python train.py --data DIR --arch resnet18 --base adam --out runs/adam-sam            # Adam + SAM
+    python train.py --data DIR --arch resnet18 --base adam --rho 0 --out runs/adam        # Adam, sharpness recorded
+    python train.py --data DIR --arch resnet18 --base adam --out runs/adam-sam --resume   # go on after a kill
+    python train.py --dataset digits --width 16 --epochs 5 --out runs/digits              # no download
+    python train.py --report runs/adam runs/adam-sam                                      # side by side
+
+DIR holds torchvision's CIFAR-10 (it is downloaded there when absent) or 32x32 images as train/<class>/* and
+test/<class>/*. A run's folder gets config.json, metrics.jsonl (one object an epoch) and checkpoint.pt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import sam_fused
+from sam_fused import FusedSAM
+
+# ---- settings ----
+
+BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+CLASSES = 10
+LR_DECAY, LR_MILESTONES = 0.2, (0.3, 0.6, 0.8)  # the step decay of the paper's code: factor, fractions of the run
+MOMENTUM = 0.9
+
+# What a recipe sets; a flag given by hand wins. "paper-text" is what the paper says and, where it is silent, what its
+# code does (weight decay, momentum, step decay); "paper-code" is what the scripts behind its Table I do.
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper-text": {
+        "rho": 0.05,
+        "adaptive": False,
+        "lr": {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3},
+        "weight_decay": {"sgd": 5e-4, "adam": 5e-4, "adamw": 1e-2},
+        "label_smoothing": 0.0,
+    },
+    "paper-code": {
+        "rho": 2.0,
+        "adaptive": True,
+        "lr": {"sgd": 1e-3, "adam": 1e-3, "adamw": 1e-3},
+        "weight_decay": {"sgd": 5e-4, "adam": 5e-4, "adamw": 1e-2},
+        "label_smoothing": 0.1,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run, and where it goes. None in the parser's defaults means: the recipe's value."""
+
+    recipe: str
+    dataset: str
+    data: str | None
+    train_size: int | None
+    arch: str
+    width: int
+    base: str
+    rho: float
+    measure_rho: float  # the rho that the sharpness is recorded with; rho itself unless that is 0
+    adaptive: bool
+    lr: float
+    weight_decay: float
+    label_smoothing: float
+    sam_every: int
+    ascent_fraction: float
+    epochs: int
+    batch_size: int
+    seed: int
+    device: str
+    threads: int
+    out: str
+
+
+# Changing these does not make another run of it.
+FREE_ON_RESUME = {"data", "out"}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--report", nargs="+", metavar="DIR", help="print finished runs side by side, and train nothing")
+
+    def positive(kind: type) -> Callable[[str], Any]:
+        def parse_positive(text: str) -> Any:
+            value = kind(text)
+            if not 0 < value < math.inf:
+                raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
+            return value
+
+        return parse_positive
+
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", choices=["cifar10", "digits"], default="cifar10")
+    g.add_argument("--data", metavar="DIR", help="where CIFAR-10 is, or is to be downloaded to")
+    g.add_argument("--train-size", type=positive(int), metavar="N", help="a seeded, class-balanced subset")
+    g = p.add_argument_group("network")
+    g.add_argument("--arch", choices=["resnet18", "vgg16"], default="resnet18")
+    g.add_argument("--width", type=positive(int), default=64, help="channels of the first stage (64 in the paper)")
+    g = p.add_argument_group("optimizer")
+    g.add_argument("--recipe", choices=sorted(RECIPES), default="paper-text")
+    g.add_argument("--base", choices=sorted(BASES), default="adam")
+    g.add_argument("--rho", type=float, help="0: the plain base, sharpness recorded with the recipe's rho")
+    g.add_argument("--adaptive", action=argparse.BooleanOptionalAction, help="ASAM")
+    g.add_argument("--lr", type=positive(float))
+    g.add_argument("--weight-decay", type=float)
+    g.add_argument("--label-smoothing", type=float)
+    g.add_argument("--sam-every", type=positive(int), default=1, metavar="K", help="ascend in every K-th step only")
+    g.add_argument("--ascent-fraction", type=float, default=1.0, metavar="F", help="ascend from this part of the batch")
+    g = p.add_argument_group("run")
+    g.add_argument("--epochs", type=positive(int), default=200)
+    g.add_argument("--batch-size", type=positive(int), default=128)
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--device", default="cpu")
+    g.add_argument("--threads", type=positive(int), default=torch.get_num_threads())
+    g.add_argument("--out", metavar="DIR", default="runs/last")
+    g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    args = p.parse_args(argv)
+    if not 0 < args.ascent_fraction <= 1:
+        p.error(f"--ascent-fraction: expected 0 < F <= 1, got {args.ascent_fraction}")
+    return args
+
+
+def settle(args: argparse.Namespace) -> Settings:
+    """Fill in the recipe's values."""
+    recipe = {k: v[args.base] if isinstance(v, dict) else v for k, v in RECIPES[args.recipe].items()}
+    chosen = {k: recipe[k] if getattr(args, k) is None else getattr(args, k) for k in recipe}
+    names = {f.name for f in dataclasses.fields(Settings)} - set(chosen) - {"measure_rho"}
+    return Settings(
+        **chosen, measure_rho=chosen["rho"] or recipe["rho"], **{name: getattr(args, name) for name in names}
+    )
+
+
+# ---- data: decoded once, kept as one uint8 tensor on the device, augmented in whole batches there ----
+
+
+class DataError(Exception):
+    """The data cannot be had or is not as expected."""
+
+
+@dataclass
+class Split:
+    """images: uint8 [n, 3, 32, 32]; labels: int64 [n]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def to(self, device: str) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+def load_folder(root: Path) -> tuple[Split, Split]:
+    """An image-folder tree, decoded once into a cache file beside it."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.functional import pil_to_tensor
+
+    folders = [ImageFolder(str(root / part), transform=pil_to_tensor) for part in ("train", "test")]
+    if folders[0].classes != folders[1].classes:
+        raise DataError(f"{root}: train and test have different classes: {folders[0].classes}, {folders[1].classes}")
+    if len(folders[0].classes) != CLASSES:
+        raise DataError(f"{root}: expected {CLASSES} classes, got {len(folders[0].classes)}: {folders[0].classes}")
+    listing = [f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for f in folders for path, _ in f.samples]
+    key = hashlib.sha256("\n".join(listing).encode()).hexdigest()
+    cache = root / "decoded-uint8.pt"
+    if cache.exists():
+        held = torch.load(cache, weights_only=True)
+        if held["key"] == key:
+            return tuple(Split(*held[part]) for part in ("train", "test"))
+    splits = []
+    for part, folder in zip(("train", "test"), folders, strict=True):
+        images = torch.empty(len(folder), 3, 32, 32, dtype=torch.uint8)
+        for i, (image, _) in enumerate(tqdm(folder, desc=f"decode {part}", disable=None)):
+            if image.shape != images.shape[1:]:
+                raise DataError(f"{folder.samples[i][0]}: expected 3 x 32 x 32 pixels, got {tuple(image.shape)}")
+            images[i] = image
+        splits.append(Split(images, torch.tensor(folder.targets)))
+    try:
+        save(cache, {"key": key, **{n: (s.images, s.labels) for n, s in zip(("train", "test"), splits, strict=True)}})
+    except OSError as error:
+        print(f"{cache}: not cached ({error.strerror})", file=sys.stderr)
+    return splits[0], splits[1]
+
+
+def load_cifar10(data: str | None) -> tuple[Split, Split]:
+    root = Path(data or "data")
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        return load_folder(root)
+    from torchvision.datasets import CIFAR10
+
+    try:
+        parts = [CIFAR10(str(root), train=train, download=True) for train in (True, False)]
+    except Exception as error:
+        raise DataError(
+            f"no CIFAR-10 in {str(root)!r}, and it could not be downloaded ({error}). Three ways to go on:\n"
+            "  --data DIR where DIR holds torchvision's layout (cifar-10-batches-py), or is writable and the network "
+            "is up\n"
+            "  --data DIR where DIR holds 32x32 PNG or JPEG images as train/<class>/* and test/<class>/*\n"
+            "  --dataset digits, which needs no download"
+        ) from error
+    train, test = (
+        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in parts
+    )
+    return train, test
+
+
+def load_digits() -> tuple[Split, Split]:
+    """scikit-learn's 1,797 8x8 digits, up-scaled to 32x32; a fixed fifth of each class is for testing."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).view(-1, 1, 8, 8) * (255 / 16)
+    images = F.interpolate(images, size=32, mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
+    parts = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    train, test = (Split(images[part], torch.from_numpy(labels)[part]) for part in parts)
+    return train, test
+
+
+def balanced_subset(split: Split, n: int, seed: int) -> Split:
+    """n examples, as many of each class as of any other but for a remainder."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for c in range(CLASSES):
+        of_class = (split.labels == c).nonzero().flatten()
+        want = n // CLASSES + (c < n % CLASSES)
+        if want > len(of_class):
+            raise DataError(f"--train-size {n}: expected at most {len(of_class)} of class {c}, would need {want}")
+        chosen.append(of_class[torch.randperm(len(of_class), generator=generator)[:want]])
+    index = torch.cat(chosen)
+    return Split(split.images[index], split.labels[index])
+
+
+def load_data(s: Settings) -> tuple[Split, Split]:
+    train, test = load_digits() if s.dataset == "digits" else load_cifar10(s.data)
+    if s.train_size is not None:
+        train = balanced_subset(train, s.train_size, s.seed)
+    return train.to(s.device), test.to(s.device)
+
+
+def augment(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+    """RandomCrop(size, padding=4) and, if ``flip``, RandomHorizontalFlip() of each image of uint8 [n, c, size, size]."""
+    n, device = len(images), images.device
+    top, left = torch.randint(0, 9, (2, n), generator=generator, device=device)
+    windows = F.pad(images, (4, 4, 4, 4)).unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
+    cropped = windows[torch.arange(n, device=device), :, top, left]
+    if not flip:
+        return cropped
+    mirrored = torch.rand(n, generator=generator, device=device) < 0.5
+    return torch.where(mirrored.view(-1, 1, 1, 1), cropped.flip(-1), cropped)
+
+
+class Normalize:
+    """To float32 with mean 0 and deviation 1 in each channel of the training set, channels_last."""
+
+    def __init__(self, images: Tensor) -> None:
+        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.transpose(0, 1)]).double()
+        levels = torch.arange(256, dtype=torch.float64, device=images.device)
+        mean = (counts @ levels) / counts.sum(1)
+        deviation = ((counts @ levels.square()) / counts.sum(1) - mean.square()).sqrt()
+        self.mean, self.deviation = mean.float().view(1, -1, 1, 1), deviation.float().view(1, -1, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return ((images.float() - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
+
+
+def batches(split: Split, size: int, generator: torch.Generator, flip: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of augmented batches in a random order; the last may be smaller."""
+    order = torch.randperm(len(split.labels), generator=generator, device=generator.device)
+    for index in order.split(size):
+        yield augment(split.images[index], generator, flip), split.labels[index]
+
+
+# ---- networks: the CIFAR forms of the paper's code ----
+
+
+def resnet18(width: int) -> nn.Module:
+    """ResNet-18 with a 3x3 stem and no max-pool; 11.17 M parameters at width 64."""
+    from torchvision.models.resnet import BasicBlock
+
+    def block(before: int, after: int, stride: int) -> nn.Module:
+        shortcut = None
+        if stride != 1 or before != after:
+            shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+        return BasicBlock(before, after, stride, shortcut)
+
+    layers = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    channels = width
+    for stage in range(4):
+        for i in range(2):
+            layers.append(block(channels, width << stage, 2 if stage and i == 0 else 1))
+            channels = width << stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES))
+
+
+def vgg16(width: int) -> nn.Module:
+    """VGG16 with BatchNorm and a 512-512-10 head; 14.99 M parameters at width 64."""
+    from torchvision.models.vgg import cfgs, make_layers
+
+    channels = width * 8
+    features = make_layers([c if c == "M" else c * width // 64 for c in cfgs["D"]], batch_norm=True)
+    head = [nn.Linear(channels, channels), nn.ReLU(inplace=True), nn.Linear(channels, CLASSES)]
+    return nn.Sequential(features, nn.Flatten(), *head)
+
+
+ARCHS = {"resnet18": resnet18, "vgg16": vgg16}
+
+
+def build(s: Settings) -> tuple[nn.Module, FusedSAM, torch.optim.lr_scheduler.LRScheduler]:
+    model = ARCHS[s.arch](s.width).to(s.device, memory_format=torch.channels_last)
+    options = {"momentum": MOMENTUM} if s.base == "sgd" else {}
+    opt = FusedSAM(
+        model.parameters(),
+        BASES[s.base],
+        rho=s.measure_rho,
+        adaptive=s.adaptive,
+        model=model,
+        lr=s.lr,
+        weight_decay=s.weight_decay,
+        **options,
+    )
+    milestones = [math.ceil(f * s.epochs) for f in LR_MILESTONES]
+    return model, opt, torch.optim.lr_scheduler.MultiStepLR(opt, milestones, LR_DECAY)
+
+
+# ---- one epoch ----
+
+
+@dataclass
+class Pass:
+    """What one forward and backward pass left."""
+
+    loss: Tensor
+    correct: Tensor
+    size: int
+
+
+def train_step(s: Settings, model: nn.Module, opt: FusedSAM, x: Tensor, y: Tensor, index: int) -> list[Pass]:
+    """One step; returns its passes, the one at the unperturbed weights first."""
+    done: list[Pass] = []
+
+    def forward_backward(size: int) -> Tensor:
+        opt.zero_grad()
+        logits = model(x[:size])
+        loss = F.cross_entropy(logits, y[:size], label_smoothing=s.label_smoothing)
+        loss.backward()
+        done.append(Pass(loss.detach(), (logits.detach().argmax(1) == y[:size]).sum(), size))
+        return loss
+
+    if s.rho == 0 or index % s.sam_every:
+        forward_backward(len(x))
+        opt.measure_sharpness()
+        opt.step()
+    elif s.ascent_fraction == 1:
+        opt.step(lambda: forward_backward(len(x)))
+    else:
+        forward_backward(max(1, round(s.ascent_fraction * len(x))))
+        opt.first_step()
+        try:
+            forward_backward(len(x))
+            opt.second_step()
+        finally:
+            opt.restore()
+    return done
+
+
+def train_epoch(
+    s: Settings,
+    model: nn.Module,
+    opt: FusedSAM,
+    data: Iterator[tuple[Tensor, Tensor]],
+    normalize: Normalize,
+    bar: tqdm,
+) -> dict[str, float | None]:
+    model.train()
+    loss = correct = rise = torch.zeros((), device=s.device)
+    seen = rises = 0
+    for index, (x, y) in enumerate(data):
+        passes = train_step(s, model, opt, normalize(x), y, index)
+        first = passes[0]
+        loss = loss + first.loss * first.size
+        correct = correct + first.correct
+        seen += first.size
+        if len(passes) == 2 and passes[1].size == first.size:
+            rise = rise + (passes[1].loss - first.loss)
+            rises += 1
+        if index % 10 == 0:
+            mean = loss.item() / seen
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"the training loss is {mean} at batch {index}")
+            bar.set_postfix(loss=f"{mean:.3f}", acc=f"{correct.item() / seen:.3f}", sharp=f"{opt.sharpness.item():.4f}")
+        bar.update()
+    return {
+        "train_loss": loss.item() / seen,
+        "train_acc": correct.item() / seen,
+        "sharpness": finite(opt.mean_sharpness().item()),
+        "realised_sharpness": finite(rise.item() / rises) if rises else None,
+    }
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, normalize: Normalize) -> dict[str, float]:
+    model.eval()
+    loss = correct = 0.0
+    for images, labels in zip(split.images.split(500), split.labels.split(500), strict=True):
+        logits = model(normalize(images))
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        correct += (logits.argmax(1) == labels).sum().item()
+    return {"test_loss": loss / len(split.labels), "test_acc": correct / len(split.labels)}
+
+
+def finite(x: float) -> float | None:
+    """x, or None, which JSON can say."""
+    return x if math.isfinite(x) else None
+
+
+# ---- a run and its folder ----
+
+
+def save(path: Path, content: Any) -> None:
+    """torch.save (or text) by rename: there is always a whole file."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as f:
+        if isinstance(content, str):
+            f.write(content.encode())
+        else:
+            torch.save(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(path)
+
+
+def random_states(generator: torch.Generator) -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "data": generator.get_state(),
+    }
+
+
+def set_random_states(states: dict[str, Any], generator: torch.Generator) -> None:
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    generator.set_state(states["data"])
+
+
+def environment(s: Settings) -> dict[str, Any]:
+    from sam_fused import _C
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+        cpu = names[0] if names else cpu
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sam_fused": sam_fused.__version__,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "instruction_set": _C.cpu_isa(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if s.device.startswith("cuda") else None,
+    }
+
+
+class RunError(Exception):
+    """The run's folder is not as expected."""
+
+
+def open_run(s: Settings, resume: bool) -> dict[str, Any] | None:
+    """Make the folder, or check that it holds this very run; returns its checkpoint, if there is one."""
+    out = Path(s.out)
+    config, checkpoint = out / "config.json", out / "checkpoint.pt"
+    settings = dataclasses.asdict(s)
+    if not resume:
+        if config.exists() or checkpoint.exists():
+            raise RunError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+    elif config.exists():
+        held = json.loads(config.read_text())["settings"]
+        for name, value in settings.items():
+            if name not in FREE_ON_RESUME and held.get(name) != value:
+                raise RunError(f"--resume: {out} was run with {name} = {held.get(name)!r}, not {value!r}")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+    save(config, json.dumps({"settings": settings, "environment": environment(s)}, indent=2) + "\n")
+    return torch.load(checkpoint, weights_only=True, map_location=s.device) if resume and checkpoint.exists() else None
+
+
+def train(s: Settings, resume: bool = False) -> list[dict[str, Any]]:
+    """Train, and leave config.json, metrics.jsonl and checkpoint.pt in ``s.out``; returns the metrics by epoch."""
+    torch.set_num_threads(s.threads)
+    out = Path(s.out)
+    checkpoint = open_run(s, resume)
+    train_split, test_split = load_data(s)
+    normalize = Normalize(train_split.images)
+    random.seed(s.seed)
+    torch.manual_seed(s.seed)
+    generator = torch.Generator(s.device).manual_seed(s.seed)
+    model, opt, scheduler = build(s)
+    metrics: list[dict[str, Any]] = []
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        opt.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        set_random_states({k: v.cpu() if torch.is_tensor(v) else v for k, v in checkpoint["random"].items()}, generator)
+        metrics = checkpoint["metrics"]
+        print(f"{out}: going on after epoch {len(metrics)} of {s.epochs}")
+    steps = math.ceil(len(train_split.labels) / s.batch_size)
+    for epoch in range(len(metrics) + 1, s.epochs + 1):
+        start, lr = time.perf_counter(), scheduler.get_last_lr()[0]
+        data = batches(train_split, s.batch_size, generator, flip=s.dataset == "cifar10")
+        with tqdm(total=steps, desc=f"epoch {epoch}/{s.epochs}", leave=False, disable=None) as bar:
+            row = train_epoch(s, model, opt, data, normalize, bar)
+        scheduler.step()
+        row.update(evaluate(model, test_split, normalize))
+        metrics.append({"epoch": epoch, "lr": lr, **row, "seconds": time.perf_counter() - start})
+        save(
+            out / "checkpoint.pt",
+            {
+                "model": model.state_dict(),
+                "optimizer": opt.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "random": random_states(generator),
+                "metrics": metrics,
+            },
+        )
+        save(out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
+        print(line(metrics[-1], s.epochs), flush=True)
+    save(out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
+    return metrics
+
+
+def line(m: dict[str, Any], epochs: int) -> str:
+    def number(name: str) -> str:
+        return "   -  " if m[name] is None else f"{m[name]:6.4f}"
+
+    return (
+        f"epoch {m['epoch']:3}/{epochs}  lr {m['lr']:.2g}  train loss {m['train_loss']:.4f} acc {m['train_acc']:6.2%}  "
+        f"test loss {m['test_loss']:.4f} acc {m['test_acc']:6.2%}  sharpness {number('sharpness')} "
+        f"realised {number('realised_sharpness')}  {m['seconds']:.1f} s"
+    )
+
+
+def report(folders: list[str]) -> str:
+    """A table of the last epoch of each run."""
+    rows = [("run", "optimizer", "epochs", "train loss", "train acc", "test acc", "sharpness", "realised", "s/epoch")]
+    for folder in folders:
+        try:
+            s = json.loads((Path(folder) / "config.json").read_text())["settings"]
+            epochs = [json.loads(x) for x in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        except OSError as error:
+            raise RunError(f"--report: {folder} holds no run: {error}") from error
+        m = epochs[-1]
+        kind = f" + {'ASAM' if s['adaptive'] else 'SAM'} {s['rho']:g}" if s["rho"] else ""
+        rows.append(
+            (
+                Path(folder).name,
+                s["base"] + kind,
+                f"{m['epoch']}/{s['epochs']}",
+                f"{m['train_loss']:.4f}",
+                f"{m['train_acc']:.2%}",
+                f"{m['test_acc']:.2%}",
+                "-" if m["sharpness"] is None else f"{m['sharpness']:.4f}",
+                "-" if m["realised_sharpness"] is None else f"{m['realised_sharpness']:.4f}",
+                f"{sum(e['seconds'] for e in epochs) / len(epochs):.1f}",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rule = tuple("-" * w for w in widths)
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in (rows[0], rule, *rows[1:])
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        if args.report:
+            print(report(args.report))
+        else:
+            train(settle(args), args.resume)
+    except (DataError, RunError, FloatingPointError, ImportError, ValueError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; whole epochs are kept in {args.out}: add --resume to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
