@@ -255,7 +255,7 @@ def load_data(s: Settings) -> tuple[Split, Split]:
 
 
 def augment(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
-    """RandomCrop(size, padding=4) and, if ``flip``, RandomHorizontalFlip() of each image of uint8 [n, c, size, size]."""
+    """RandomCrop(size, padding=4) and, if ``flip``, RandomHorizontalFlip() of each of uint8 [n, c, size, size]."""
     n, device = len(images), images.device
     top, left = torch.randint(0, 9, (2, n), generator=generator, device=device)
     windows = F.pad(images, (4, 4, 4, 4)).unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)

@@ -77,8 +77,8 @@ double* check_doubles(const Tensor& t, const char* name, int64_t numel, const at
 // ---- tables ----
 
 // Builds the rows of a table. Kernels see one dense layout a row: the parameter's own, or for a parameter that has
-// gaps the one that empty_like gives it. A gradient of another layout is copied into it; a parameter with gaps is
-// copied in, and back by finish().
+// gaps the one that empty_like gives it. What is only read and laid out otherwise is copied into it; a parameter with
+// gaps is copied in, and back by finish().
 class Rows {
  public:
   Rows(const Refs& params, Sizes group_sizes) : params_(params) {
@@ -111,19 +111,27 @@ class Rows {
   void grads(const Refs& grads) {
     check_length(grads, params_, "grads");
     for (size_t i = 0; i < grads.size(); ++i) {
-      const Tensor& grad = *grads[i];
-      check_like(grad, *params_[i], "grads", i);
-      const bool laid_out = same_strides(grad, *dense_[i]);
-      if (!laid_out) copies_.push_back(at::empty_like(*dense_[i]).copy_(grad));
-      table_[i].grad = (laid_out ? grad : copies_.back()).const_data_ptr();
+      check_like(*grads[i], *params_[i], "grads", i);
+      table_[i].grad = laid_out(*grads[i], i);
     }
   }
 
-  // Null stands for a parameter that was not perturbed.
+  // To be written: each like its parameter.
   void backups(const Refs& backups) {
     check_length(backups, params_, "backups");
-    for (size_t i = 0; i < backups.size(); ++i)
-      if (backups[i]) table_[i].backup = own(*backups[i], i, "backups");
+    for (size_t i = 0; i < backups.size(); ++i) table_[i].backup = own(*backups[i], i, "backups");
+  }
+
+  // To be read: null for a parameter that was not perturbed; the parameter may have changed its layout, dtype or device
+  // since the backup was made.
+  void saved(const Refs& backups) {
+    check_length(backups, params_, "backups");
+    for (size_t i = 0; i < backups.size(); ++i) {
+      if (!backups[i]) continue;
+      TORCH_CHECK(backups[i]->sizes() == params_[i]->sizes(), "backups[", i, "]: expected shape ", params_[i]->sizes(),
+                  ", got ", backups[i]->sizes());
+      table_[i].backup = const_cast<void*>(laid_out(*backups[i], i));
+    }
   }
 
   void state(const Refs& state, int lists) {
@@ -152,6 +160,15 @@ class Rows {
   }
 
  private:
+  // The data of `t` in the type, device and dense layout of parameter i: its own, or a copy's.
+  const void* laid_out(const Tensor& t, size_t i) {
+    const Tensor& like = *dense_[i];
+    if (t.scalar_type() == like.scalar_type() && t.device() == like.device() && same_strides(t, like))
+      return t.const_data_ptr();
+    copies_.push_back(at::empty_like(like).copy_(t));
+    return copies_.back().const_data_ptr();
+  }
+
   void* own(const Tensor& t, size_t i, const char* list) {
     check_like(t, *params_[i], list, i);
     TORCH_CHECK(same_strides(t, *dense_[i]), list, "[", i, "]: expected strides ", dense_[i]->strides(),
@@ -221,7 +238,7 @@ void perturb_(const Refs& params, const Refs& grads, const Refs& backups, const 
 
 void restore_(const Refs& params, const Refs& backups) {
   Rows rows(params, {static_cast<int64_t>(params.size())});
-  rows.backups(backups);
+  rows.saved(backups);
   backend_of(*params[0]).restore(rows.table());
   rows.finish();
   bump_versions(params);
@@ -232,7 +249,7 @@ void restore_step_(std::string_view base, const Refs& params, const Refs& grads,
   const int index = find_base(base);
   Rows rows(params, group_sizes);
   rows.grads(grads);
-  rows.backups(backups);
+  rows.saved(backups);
   const double* values = nullptr;
   with_base(index, [&](auto b) {
     rows.state(state, b.states);
@@ -251,14 +268,14 @@ void restore_step_(std::string_view base, const Refs& params, const Refs& grads,
 namespace {
 
 using List = std::vector<Tensor>;
-using OptionalList = c10::List<std::optional<Tensor>>;
+using OptionalList = c10::List<std::optional<Tensor>>;  // the one spelling of Tensor?[] that torch unboxes
 
 Refs refs(const List& list) {
   Refs out;
   for (const Tensor& t : list) out.push_back(&t);
   return out;
 }
-Refs refs(const OptionalList& list) {
+Refs refs(const std::vector<std::optional<Tensor>>& list) {
   Refs out;
   for (const std::optional<Tensor>& t : list) out.push_back(t.has_value() ? &*t : nullptr);
   return out;
@@ -275,7 +292,8 @@ struct Eager {
   static void restore_(const List& params, const List& backups) { sam::restore_(refs(params), refs(backups)); }
   static void restore_step_(c10::string_view base, const List& params, const List& grads, const OptionalList& backups,
                             const List& state, const List& steps, const Tensor& hyper, Sizes sizes) {
-    sam::restore_step_({base.data(), base.size()}, refs(params), refs(grads), refs(backups), refs(state), refs(steps),
+    const std::vector<std::optional<Tensor>> held = backups.vec();
+    sam::restore_step_({base.data(), base.size()}, refs(params), refs(grads), refs(held), refs(state), refs(steps),
                        hyper, sizes);
   }
 };

@@ -15,7 +15,7 @@ struct Row {
   int64_t numel;
   void* param = nullptr;
   const void* grad = nullptr;
-  void* backup = nullptr;
+  void* backup = nullptr;  // written by perturb, read by the rest
   void* state[kMaxStates] = {};
   float* step = nullptr;
 };

@@ -77,6 +77,11 @@ def _lists_for(lists: dict[Hashable, _Lists], key: Hashable, update: Update | No
     return lists[key]
 
 
+def _place(p: Tensor) -> Hashable:
+    """What tensors of one operator call share."""
+    return p.device
+
+
 def _laid_out_like(t: Tensor | None, p: Tensor) -> bool:
     """Whether the extension can use ``t`` as it is beside ``p``: same dtype, device, shape and dense strides."""
     return (
@@ -168,13 +173,14 @@ class FusedSAM(SAM):
         lists: dict[Hashable, _Lists] = {}
         for position, (group, p) in enumerate(plan.active):
             if group["rho"] > 0:
-                _lists_for(lists, p.device, None).append(position, p, group)
+                _lists_for(lists, _place(p), None).append(position, p, group)
         plan.ascent = list(lists.values())
         return plan
 
     def _make_descent(self, plan: _Plan) -> list[_Lists]:
         """The lists of the update, with the base's state made or moved to the parameters' layout where need be."""
         lists: dict[Hashable, _Lists] = {}
+        replaced = False
         for position, ((group, p), update) in enumerate(zip(plan.active, plan.updates, strict=True)):
             state = self.state[p] if update.state else {}
             fresh = any(state.get(key) is None for key in update.state)
@@ -184,15 +190,20 @@ class FusedSAM(SAM):
                     state[key] = torch.zeros_like(p, requires_grad=False)
                     if old is not None:
                         state[key].copy_(old)
+                        replaced = True
             if update.counts_steps:
                 step = state.get("step", 0.0)
                 if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device.type != "cpu":
+                    replaced |= "step" in state
                     state["step"] = torch.tensor(float(step), dtype=torch.float32)
-            to = _lists_for(lists, (p.device, update), update)
+            to = _lists_for(lists, (_place(p), update), update)
             to.append(position, p, group, fresh)
             to.state.append([state[key] for key in update.state])
             if update.counts_steps:
                 to.steps.append(state["step"])
+        if replaced:  # other plans hold the old tensors
+            for other in self._plans.values():
+                other.descent = None
         for to in lists.values():
             to.state = [tensors[k] for k in range(len(to.update.state)) for tensors in to.state]
         return list(lists.values())
@@ -273,6 +284,6 @@ class FusedSAM(SAM):
 
 
 def _restore_by_device(params: list[Tensor], backups: list[Tensor]) -> None:
-    for device in {p.device for p in params}:
-        pairs = [(p, b) for p, b in zip(params, backups, strict=True) if p.device == device]
+    for place in {_place(p) for p in params}:
+        pairs = [(p, b) for p, b in zip(params, backups, strict=True) if _place(p) == place]
         _C.restore_([p for p, _ in pairs], [b for _, b in pairs])

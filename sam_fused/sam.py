@@ -54,6 +54,7 @@ class SAM(Optimizer):
                 f"base: {base.__name__} has an option {clash[0]!r} of its own, which cannot be told from SAM's; "
                 "this base is not supported"
             )
+        self.base_optimizer.register_load_state_dict_pre_hook(_keep_options)
         # Optimizer.__init__ empties param_groups and fills it again through add_param_group. Both attributes are the
         # base's own (see below), so there is one list and one state.
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **options})
@@ -257,7 +258,7 @@ class SAM(Optimizer):
             RuntimeError: if the weights are perturbed.
         """
         self._check_not_perturbed("load_state_dict()")
-        super().load_state_dict(state_dict)
+        super().load_state_dict(_keep_options(self, state_dict))
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_perturbed("copying or pickling")
@@ -269,13 +270,18 @@ class SAM(Optimizer):
             self._backup = None
             self._frozen = []
             super().__setstate__(state)
-            return
-        # From Optimizer.load_state_dict: new groups and a new state, in which the base fills in what older checkpoints
-        # lack.
-        for new, old in zip(state["param_groups"], self.param_groups, strict=True):
-            for name in _OPTIONS:
-                new.setdefault(name, old[name])
-        self.base_optimizer.__setstate__(state)
+            self.base_optimizer.register_load_state_dict_pre_hook(_keep_options)
+        else:  # from Optimizer.load_state_dict; the base fills in what older checkpoints lack
+            self.base_optimizer.__setstate__(state)
+
+
+def _keep_options(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of the plain base, with the SAM options that ``opt`` has now."""
+    options = [{name: group[name] for name in _OPTIONS} for group in opt.param_groups]
+    groups = state_dict["param_groups"]
+    if len(groups) != len(options):
+        return state_dict  # which torch refuses with its own message
+    return {**state_dict, "param_groups": [{**kept, **group} for kept, group in zip(options, groups, strict=True)]}
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -1,0 +1,53 @@
+# make demo, make test: each does its own set-up, in .venv, the first time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := $(BIN)/python train.py --dataset digits --width 16 --epochs 8 --base adam
+SOURCES := setup.py $(wildcard csrc/*)
+
+.PHONY: demo test lint format build bench clean
+
+demo: build
+	rm -rf runs/demo
+	$(DEMO) --rho 0 --out runs/demo/adam
+	$(DEMO) --rho 0.05 --out runs/demo/adam+sam
+	$(BIN)/python train.py --report runs/demo/adam runs/demo/adam+sam
+
+test: build
+	$(BIN)/python -m pytest
+
+bench: build $(VENV)/.bench
+	$(BIN)/python benchmarks/bench_step.py
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+build: $(VENV)/.built
+
+# torch and torchvision together, so that pip picks a pair that fits; then the extension, against this very torch.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install torch torchvision setuptools wheel ninja
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(BIN)/pip install --no-build-isolation -e '.[demo,train,test]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.built
+	$(BIN)/pip install --no-build-isolation -e '.[bench,plot]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install 'ruff==0.17.*' 'clang-format==23.*'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build sam_fused.egg-info sam_fused/*.so runs/demo

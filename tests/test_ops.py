@@ -1,0 +1,283 @@
+"""The operators by themselves: schemas, fake kernels, bits, threads, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sam_fused import _C
+from tests.cases import CHUNK
+
+OPS = torch.ops.sam_fused
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+HYPER = {  # as in csrc/functors.h
+    "sgd": [0.1, 0.01, 0, 0, 0, 0],
+    "sgd_momentum": [0.1, 0.01, 0, 0.9, 0.1, 0],
+    "adam": [0.1, 0.01, 0, 0.9, 0.99, 1e-4, 0],
+    "adam_amsgrad": [0.1, 0.01, 1, 0.9, 0.99, 1e-4, 1],
+}
+STATES = {"sgd": 0, "sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}
+
+
+def rows(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def make(dtype=torch.float32, sizes=(5, 3), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=g, dtype=torch.float64).to(dtype) for n in sizes]
+
+
+def arguments(op, base="adam", dtype=torch.float32, sizes=(5, 3)):
+    """Sound arguments, by name."""
+    common = {
+        "params": make(dtype, sizes, 1),
+        "grads": make(dtype, sizes, 2),
+        "ascent": rows([0.1, 0.0, 0.0], [0.2, 0.1, 1.0]),
+        "group_sizes": [1, len(sizes) - 1],
+    }
+    if op == "grad_sq_norm":
+        return common
+    if op == "sharpness_":
+        return {"sq_norms": rows(4.0, 5.0), "ascent": common["ascent"], "total": rows(0.0, 0.0)}
+    backups = make(dtype, sizes, 3)
+    if op == "perturb_":
+        norm = rows(3.0)[0]
+        return {
+            **{k: common[k] for k in ("params", "grads")},
+            "backups": backups,
+            "grad_norm": norm,
+            "ascent": common["ascent"],
+            "group_sizes": common["group_sizes"],
+        }
+    if op == "restore_":
+        return {"params": common["params"], "backups": backups}
+    return {
+        "base": base,
+        "params": common["params"],
+        "grads": common["grads"],
+        "backups": [backups[0], *[None for _ in sizes[2:]], backups[-1]],
+        "state": [t.abs() for k in range(STATES[base]) for t in make(dtype, sizes, 4 + k)],
+        "steps": [torch.tensor(float(i)) for i in range(len(sizes))] if "adam" in base else [],
+        "hyper": rows(HYPER[base], HYPER[base]),
+        "group_sizes": common["group_sizes"],
+    }
+
+
+CALLS = [("grad_sq_norm", None), ("sharpness_", None), ("perturb_", None), ("restore_", None)]
+CALLS += [("restore_step_", base) for base in HYPER]
+
+
+@pytest.mark.parametrize(("op", "base"), CALLS)
+def test_opcheck(op, base):
+    args = arguments(op, base or "adam")
+    if op != "sharpness_":
+        args["params"] = [p.requires_grad_() for p in args["params"]]
+    with torch.no_grad():
+        torch.library.opcheck(getattr(OPS, op).default, tuple(args.values()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "base"), CALLS)
+def test_both_front_ends_do_the_same(op, base, dtype):
+    one, two = (arguments(op, base or "adam", dtype) for _ in range(2))
+    result = getattr(OPS, op)(*one.values())
+    other = getattr(_C, op)(*two.values())
+    assert (result is None and other is None) or torch.equal(result, other)
+    for name in one:
+        for a, b in zip(tensors(one[name]), tensors(two[name]), strict=True):
+            assert torch.equal(a, b), name
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for t in value if isinstance(t, torch.Tensor)] if isinstance(value, list) else []
+
+
+MUTATED = {"perturb_": ("params", "backups"), "restore_": ("params",), "sharpness_": ("total",)}
+
+
+@pytest.mark.parametrize("front", [OPS, _C], ids=["torch.ops", "_C"])
+@pytest.mark.parametrize(("op", "base"), CALLS)
+def test_version_counters(op, base, front):
+    args = arguments(op, base or "adam")
+    versions = {name: [t._version for t in tensors(value)] for name, value in args.items()}
+    getattr(front, op)(*args.values())
+    mutated = MUTATED.get(op, () if op == "grad_sq_norm" else ("params", "state", "steps"))
+    for name, value in args.items():
+        for t, before in zip(tensors(value), versions[name], strict=True):
+            assert (t._version > before) == (name in mutated), name
+
+
+def test_autograd_notices_the_mutation():
+    w = torch.ones(3, requires_grad=True)
+    loss = (w * w).sum()
+    with torch.no_grad():
+        OPS.perturb_([w], [torch.ones(3)], [torch.empty(3)], rows(1.0)[0], rows([0.1, 0, 0]), [1])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+SIZES = (3 * CHUNK + 17, 1, 0, CHUNK - 1, CHUNK + 1, 33, 257)
+
+
+@pytest.fixture
+def isa():
+    best = _C.cpu_isa()
+    yield
+    _C.set_cpu_isa(best)
+
+
+@pytest.fixture
+def threads():
+    n = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n)
+
+
+def everything(dtype, adaptive):
+    """The bits of all that the operators compute."""
+    out = []
+    ascent = rows([0.1, 0.0, adaptive], [0.2, 0.1, adaptive])
+    for op, base in CALLS:
+        args = arguments(op, base or "adam", dtype, SIZES)
+        if "ascent" in args:
+            args["ascent"] = ascent
+        result = getattr(_C, op)(*args.values())
+        out += tensors(result) + [t for value in args.values() for t in tensors(value)]
+    return out
+
+
+@pytest.mark.parametrize("adaptive", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_gives_the_same_bits(dtype, adaptive, isa):
+    available = []
+    for name in ("default", "avx2", "avx512"):
+        try:
+            _C.set_cpu_isa(name)
+        except ValueError:
+            continue
+        assert _C.cpu_isa() == name
+        available.append(everything(dtype, adaptive))
+    for other in available[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(available[0], other, strict=True))
+
+
+def test_unknown_instruction_set():
+    with pytest.raises(ValueError, match="cannot run the instruction set 'mmx'"):
+        _C.set_cpu_isa("mmx")
+
+
+@pytest.mark.parametrize("adaptive", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_thread_count_gives_the_same_bits(dtype, adaptive, threads):
+    results = []
+    for n in (1, 2, 3, 7, 2):
+        torch.set_num_threads(n)
+        results.append(everything(dtype, adaptive))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_one_openmp_runtime():
+    """Two of them, and torch.set_num_threads steers the wrong one."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    files = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line}
+    torchs = {f for f in files if "/torch/" in f}
+    assert len(torchs) == 1
+    needed = Path(_C.__file__).read_bytes()
+    assert b"libgomp.so" not in needed
+
+
+def test_norm_is_summed_in_float64():
+    """A hundred million equal squares: float32 sums stop growing at 2^24 of them."""
+    g = torch.full((1 << 25,), 1.0)
+    assert _C.grad_sq_norm([g], [g], rows([1.0, 0, 0]), [1]).item() == 1 << 25
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_type_conversions(dtype):
+    """Every bit pattern goes through unchanged, and every rounding is torch's: subnormals, ties, overflow, NaN."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    every = bits.view(dtype)
+    w = every.clone()
+    still = rows([0.0, 0, 0, 0, 0, 0])
+    _C.restore_step_("sgd", [w], [torch.zeros_like(w)], [None], [], [], still, [1])
+    number = ~every.isnan()
+    assert torch.equal(w.view(torch.int16)[number], bits[number])
+    assert w[~number].isnan().all()
+    g = torch.Generator().manual_seed(0)
+    a, b = (every[torch.randint(0, 1 << 16, (1 << 20,), generator=g)] for _ in range(2))
+    w = a.clone()
+    _C.restore_step_("sgd", [w], [b], [None], [], [], rows([1.0, 0, 0, 0, 0, 0]), [1])
+    torch.testing.assert_close(w, (a.float() - b.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
+    w = a.clone()
+    _C.restore_step_("sgd", [w], [b], [None], [], [], rows([2.0**-12, 0, 0, 0, 0, 0]), [1])
+    torch.testing.assert_close(w, (a.float() - 2.0**-12 * b.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def change(**values):
+    return lambda args: {**args, **values}
+
+
+ERRORS = [
+    ("grad_sq_norm", change(params=[]), RuntimeError,
+     r"params: expected at least one tensor"),
+    ("grad_sq_norm", change(grads=make()[:1]), RuntimeError,
+     r"grads: expected 2 tensors, one for each of params, got 1"),
+    ("grad_sq_norm", change(group_sizes=[1, 2]), RuntimeError,
+     r"group_sizes: expected to add up to the 2 .* got 3"),
+    ("grad_sq_norm", change(grads=[make()[0], torch.ones(4)]), RuntimeError,
+     r"grads\[1\]: expected shape \[3\], got \[4\]"),
+    ("grad_sq_norm", change(grads=[make()[0], make()[1].double()]), TypeError,
+     r"grads\[1\]: expected dtype Float, got Double"),
+    ("grad_sq_norm", change(grads=[make()[0], torch.ones(3, device="meta")]), RuntimeError,
+     r"grads\[1\]: expected device cpu, got meta"),
+    ("grad_sq_norm", change(grads=[make()[0], torch.ones(3).to_sparse()]), RuntimeError,
+     r"grads\[1\]: expected a dense tensor, got layout Sparse"),
+    ("grad_sq_norm", change(params=[torch.ones(5), torch.ones(3).int()]), TypeError,
+     r"params\[1\]: expected dtype float32.*got Int"),
+    ("grad_sq_norm", change(ascent=rows([0.1, 0, 0])), RuntimeError,
+     r"ascent: expected shape \[2, 3\], got \[1, 3\]"),
+    ("grad_sq_norm", change(ascent=torch.ones(2, 3)), RuntimeError,
+     r"ascent: expected a contiguous float64 tensor on the CPU, got Float"),
+    ("sharpness_", change(total=rows(0.0)), RuntimeError,
+     r"total: expected 2 contiguous float64 elements"),
+    ("perturb_", change(backups=[torch.ones(5), torch.ones(3).half()]), TypeError,
+     r"backups\[1\]: expected dtype Float, got Half"),
+    ("perturb_", change(backups=[torch.ones(5), torch.ones(6)[::2]]), RuntimeError,
+     r"backups\[1\]: expected strides \[1\], .* got \[2\]"),
+    ("perturb_", change(grad_norm=torch.tensor(1.0)), RuntimeError,
+     r"grad_norm: expected 1 contiguous float64"),
+    ("restore_step_", change(base="lion"), ValueError,
+     r"base: the extension has no update called 'lion'"),
+    ("restore_step_", change(state=make()), RuntimeError,
+     r"state: expected 2 x 2 tensors, got 2"),
+    ("restore_step_", change(steps=[torch.tensor(1.0)]), RuntimeError,
+     r"steps: expected 2 tensors"),
+    ("restore_step_", change(steps=[torch.tensor(1.0), torch.tensor(1)]), RuntimeError,
+     r"steps\[1\]: expected one float32 element.*Long"),
+    ("restore_step_", change(hyper=rows([1.0], [1.0])), RuntimeError,
+     r"hyper: expected shape \[2, 7\], got \[2, 1\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("front", [OPS, _C], ids=["torch.ops", "_C"])
+@pytest.mark.parametrize(("op", "alter", "error", "message"), ERRORS)
+def test_errors(op, alter, error, message, front):
+    args = alter(arguments(op))
+    if front is OPS and ("meta" in message or "Sparse" in message):
+        return  # torch.ops chooses another kernel for such a list
+    before = [t.clone() for t in args["params"] if t.numel()] if op != "sharpness_" else []
+    with pytest.raises(error, match=message):
+        getattr(front, op)(*args.values())
+    assert all(torch.equal(a, b) for a, b in zip(args.get("params", []), before, strict=False))
+
+
+def test_not_a_tensor():
+    with pytest.raises(TypeError, match="grads: expected a tensor"):
+        _C.grad_sq_norm(make(), [torch.ones(5), None], rows([0.1, 0, 0]), [2])

@@ -1,0 +1,322 @@
+"""train.py: data, augmentation, networks, and runs that are killed and go on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from sam_fused import FusedSAM
+
+SCRIPT = Path(train.__file__)
+TINY = ["--dataset", "digits", "--train-size", "120", "--width", "2", "--batch-size", "32", "--threads", "2"]
+
+
+def settings(*flags: str) -> train.Settings:
+    return train.settle(train.parse(list(flags)))
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- settings ----
+
+
+def test_recipes():
+    s = settings("--recipe", "paper-text", "--base", "sgd")
+    assert (s.rho, s.adaptive, s.lr, s.label_smoothing) == (0.05, False, 0.1, 0.0)
+    s = settings("--recipe", "paper-text", "--base", "adam")
+    assert (s.lr, s.epochs, s.batch_size, s.width) == (1e-3, 200, 128, 64)
+    for base in ("sgd", "adam"):
+        s = settings("--recipe", "paper-code", "--base", base)
+        assert (s.rho, s.adaptive, s.lr, s.weight_decay, s.label_smoothing) == (2.0, True, 1e-3, 5e-4, 0.1)
+
+
+def test_a_flag_given_by_hand_wins():
+    s = settings("--recipe", "paper-code", "--rho", "0", "--no-adaptive", "--lr", "0.3", "--label-smoothing", "0")
+    assert (s.rho, s.measure_rho, s.adaptive, s.lr, s.label_smoothing) == (0.0, 2.0, False, 0.3, 0.0)
+
+
+@pytest.mark.parametrize("flags", [["--ascent-fraction", "0"], ["--sam-every", "0"], ["--lr", "-1"], ["--arch", "vit"]])
+def test_bad_flags(flags, capsys):
+    with pytest.raises(SystemExit):
+        train.parse(flags)
+    assert flags[0] in capsys.readouterr().err
+
+
+# ---- data ----
+
+
+def folder(root: Path, per_class: int = 3, size: int = 32, kind: str = "png") -> Path:
+    g = torch.Generator().manual_seed(0)
+    for part in ("train", "test"):
+        for c in range(train.CLASSES):
+            (root / part / f"class{c}").mkdir(parents=True)
+            for i in range(per_class):
+                pixels = torch.randint(0, 256, (size, size, 3), dtype=torch.uint8, generator=g)
+                Image.fromarray(pixels.numpy()).save(root / part / f"class{c}" / f"{i}.{kind}")
+    return root
+
+
+def test_image_folder(tmp_path):
+    folder(tmp_path)
+    split, test = train.load_cifar10(str(tmp_path))
+    assert split.images.shape == (30, 3, 32, 32)
+    assert split.images.dtype == torch.uint8
+    assert split.labels.tolist() == sorted(split.labels.tolist())
+    with Image.open(tmp_path / "test" / "class1" / "2.png") as image:
+        assert test.images[5].permute(1, 2, 0).flatten().tolist() == list(image.tobytes())
+
+
+def test_the_folder_is_decoded_once(tmp_path, monkeypatch):
+    folder(tmp_path)
+    first = train.load_cifar10(str(tmp_path))[0].images
+    monkeypatch.setattr(Image, "open", lambda *a, **k: pytest.fail("decoded again"))
+    assert torch.equal(train.load_cifar10(str(tmp_path))[0].images, first)
+    monkeypatch.undo()
+    path = tmp_path / "train" / "class0" / "0.png"
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(path)  # a changed file is noticed
+    assert train.load_cifar10(str(tmp_path))[0].images[0, :, 5, 5].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda root: Image.new("RGB", (31, 32)).save(root / "train/class3/1.png"),
+            r"class3.1\.png: expected 3 x 32 x",
+        ),
+        (lambda root: (root / "test/class9").rename(root / "test/other"), "train and test have different classes"),
+    ],
+)
+def test_a_spoilt_folder(tmp_path, spoil, message):
+    spoil(folder(tmp_path))
+    with pytest.raises(train.DataError, match=message):
+        train.load_cifar10(str(tmp_path))
+
+
+def test_torchvision_layout(tmp_path, monkeypatch):
+    import pickle
+
+    import torchvision
+
+    root = tmp_path / "cifar-10-batches-py"
+    root.mkdir()
+    g = torch.Generator().manual_seed(0)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        rows = torch.randint(0, 256, (4, 3072), dtype=torch.uint8, generator=g).numpy()
+        (root / name).write_bytes(pickle.dumps({"data": rows, "labels": [0, 1, 2, 3]}))
+    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    split, test = train.load_cifar10(str(tmp_path))
+    assert split.images.shape == (20, 3, 32, 32)
+    assert torch.equal(test.images.flatten(1), torch.from_numpy(rows))
+    assert test.labels.tolist() == [0, 1, 2, 3]
+
+
+def test_no_data_and_no_network(tmp_path, monkeypatch, capsys):
+    import torchvision
+
+    def fail(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", fail)
+    assert train.main(["--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    for way in ("no route to host", "torchvision's layout", "train/<class>/*", "--dataset digits"):
+        assert way in error
+
+
+def test_balanced_subset():
+    split, _ = train.load_digits()
+    chosen = train.balanced_subset(split, 53, seed=1)
+    counts = chosen.labels.bincount().tolist()
+    assert sum(counts) == 53
+    assert max(counts) - min(counts) == 1
+    assert torch.equal(chosen.images, train.balanced_subset(split, 53, seed=1).images)
+    assert not torch.equal(chosen.images, train.balanced_subset(split, 53, seed=2).images)
+    with pytest.raises(train.DataError, match="--train-size 5000: expected at most"):
+        train.balanced_subset(split, 5000, seed=0)
+
+
+def test_augmentation_is_torchvisions():
+    """Each image is one of the 81 crops, or its mirror, that RandomCrop(32, padding=4) makes; all equally often."""
+    from torchvision.transforms import functional as TF
+
+    g = torch.Generator().manual_seed(0)
+    image = torch.randint(1, 256, (3, 32, 32), dtype=torch.uint8, generator=g)
+    padded = TF.pad(image, [4])
+    crops = [TF.crop(padded, top, left, 32, 32) for top in range(9) for left in range(9)]
+    options = {c.numpy().tobytes(): i for i, c in enumerate([*crops, *map(TF.hflip, crops)])}
+    n = 162 * 60
+    out = train.augment(image.expand(n, -1, -1, -1), g, flip=True)
+    counts = torch.tensor([options[x.numpy().tobytes()] for x in out]).bincount(minlength=162).double()
+    chi2 = ((counts - 60).square() / 60).sum().item()
+    assert 90 < chi2 < 250  # 161 degrees of freedom: mean 161, deviation 18
+    still = train.augment(image.expand(500, -1, -1, -1), g, flip=False)
+    assert all(options[x.numpy().tobytes()] < 81 for x in still)
+
+
+def test_normalize():
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 200, (50, 3, 32, 32), dtype=torch.uint8, generator=g)
+    out = train.Normalize(images)(images)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(out.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_an_epoch_shows_every_image_once():
+    split = train.Split(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(-1, 3, 32, 32), torch.arange(10))
+    seen = list(train.batches(split, 4, torch.Generator().manual_seed(0), flip=True))
+    assert [len(y) for _, y in seen] == [4, 4, 2]
+    assert sorted(torch.cat([y for _, y in seen]).tolist()) == list(range(10))
+    for x, y in seen:
+        assert x[:, 0, 16, 16].tolist() == y.tolist()  # images and labels stay together
+
+
+# ---- networks ----
+
+
+@pytest.mark.parametrize(("arch", "count"), [("resnet18", 11_173_962), ("vgg16", 14_990_922)])
+def test_networks_are_the_papers(arch, count):
+    with torch.device("meta"):
+        model = train.ARCHS[arch](64)
+    assert sum(p.numel() for p in model.parameters()) == count
+    small = train.ARCHS[arch](4)
+    assert small(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    if arch == "resnet18":
+        assert sum(1 for _ in model.parameters()) == 62
+        assert small[:-3](torch.randn(2, 3, 32, 32)).shape == (2, 32, 4, 4)
+
+
+# ---- steps ----
+
+
+def one_step(*flags: str):
+    s = settings(*TINY, *flags)
+    torch.manual_seed(0)
+    model, opt, _ = train.build(s)
+    calls = []
+    model.register_forward_hook(lambda m, a, out: calls.append((len(a[0]), opt.perturbed)))
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
+    return s, model, opt, x, y, calls
+
+
+def test_a_sam_step_and_a_base_step():
+    s, model, opt, x, y, calls = one_step("--sam-every", "2")
+    done = train.train_step(s, model, opt, x, y, 0)
+    assert calls == [(8, False), (8, True)]
+    assert done[1].loss > done[0].loss
+    calls.clear()
+    train.train_step(s, model, opt, x, y, 1)
+    assert calls == [(8, False)]
+    assert opt.mean_sharpness(reset=False) > 0
+
+
+def test_ascent_fraction():
+    s, model, opt, x, y, calls = one_step("--ascent-fraction", "0.25")
+    done = train.train_step(s, model, opt, x, y, 0)
+    assert calls == [(2, False), (8, True)]
+    assert [p.size for p in done] == [2, 8]
+    assert not opt.perturbed
+
+
+def test_rho_0_is_the_plain_base():
+    s, model, opt, x, y, calls = one_step("--rho", "0")
+    twin = train.build(s)[0]
+    twin.load_state_dict(model.state_dict())
+    plain = torch.optim.Adam(twin.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+    train.train_step(s, model, opt, x, y, 0)
+    torch.nn.functional.cross_entropy(twin(x), y).backward()
+    norm = torch.stack([p.grad.double().norm() for p in twin.parameters()]).norm()
+    plain.step()
+    assert calls == [(8, False)]
+    assert opt.sharpness.item() == pytest.approx(0.05 * norm.item(), rel=1e-5)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+# ---- runs ----
+
+
+def command(out: Path, *flags: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), *TINY, "--out", str(out), *flags]
+
+
+def test_a_run_leaves_its_files(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main([*TINY, "--epochs", "2", "--out", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["rho"] == 0.05
+    assert config["environment"]["torch"] == torch.__version__
+    rows = metrics(out)
+    keys = "epoch lr train_loss train_acc test_loss test_acc sharpness realised_sharpness seconds"
+    assert [set(row) for row in rows] == [set(keys.split())] * 2
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert rows[0]["sharpness"] > 0
+    assert not list(out.glob("*.part"))
+    printed = capsys.readouterr().out
+    assert printed.count("epoch   ") == 2
+    assert train.main(["--report", str(out)]) == 0
+    assert "adam + SAM 0.05" in capsys.readouterr().out
+    assert train.main([*TINY, "--epochs", "2", "--out", str(out)]) == 1
+    assert "holds a run already: add --resume" in capsys.readouterr().err
+    assert train.main([*TINY, "--epochs", "3", "--out", str(out), "--resume"]) == 1
+    assert "was run with epochs = 2, not 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_killed_and_resumed_is_bit_identical(tmp_path, base):
+    """SIGKILL at whatever moment after the first epoch; what --resume ends with is what a whole run ends with."""
+    flags = ["--base", base, "--epochs", "4"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(command(whole, *flags), check=True, capture_output=True)
+    process = subprocess.Popen(command(cut, *flags), stdout=subprocess.DEVNULL)
+    while not (cut / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert 1 <= len(torch.load(cut / "checkpoint.pt", weights_only=True)["metrics"]) < 4
+    subprocess.run(command(cut, *flags, "--resume"), check=True, capture_output=True)
+    a, b = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, cut))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(v, b["optimizer"]["state"][i][k]) for k, v in state.items())
+    for x, y in zip(metrics(whole), metrics(cut), strict=True):
+        assert {**x, "seconds": 0} == {**y, "seconds": 0}
+
+
+def test_ctrl_c_ends_cleanly(tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(out, "--epochs", "50"), stderr=subprocess.PIPE, text=True)
+    while not (out / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "add --resume to go on" in error
+    assert "Traceback" not in error
+    assert metrics(out)
+
+
+def test_a_run_that_diverges_says_so(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main([*TINY, "--epochs", "2", "--base", "sgd", "--lr", "1e20", "--out", str(out)]) == 1
+    assert "the training loss is nan" in capsys.readouterr().err
+
+
+def test_train_py_uses_the_fused_optimizer():
+    assert isinstance(train.build(settings(*TINY))[1], FusedSAM)
