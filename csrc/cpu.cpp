@@ -102,20 +102,20 @@ SAM_FN V* at(T* base, int64_t i) {
   return static_cast<V*>(base) + i;
 }
 
-typedef double Lanes __attribute__((vector_size(64)));  // eight doubles, on any instruction set
+typedef double Lanes __attribute__((vector_size(32)));  // four doubles, on any instruction set
 
 // Adds the squares of x[0..n) to 32 sums, x[i] to sum i % 32.
 template <class A>
-SAM_FN void add_squares(Lanes (&sums)[4], const A* x, int n) {
-  typedef A In __attribute__((vector_size(8 * sizeof(A))));
+SAM_FN void add_squares(Lanes (&sums)[8], const A* x, int n) {
+  typedef A In __attribute__((vector_size(4 * sizeof(A))));
   for (; n >= 32; n -= 32, x += 32)
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 8; ++k) {
       In in;
-      memcpy(&in, x + 8 * k, sizeof in);
+      memcpy(&in, x + 4 * k, sizeof in);
       const Lanes wide = __builtin_convertvector(in, Lanes);
       sums[k] += wide * wide;
     }
-  for (int i = 0; i < n; ++i) sums[i / 8][i % 8] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  for (int i = 0; i < n; ++i) sums[i / 4][i % 4] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
 }
 
 template <class T, bool kAdaptive>
@@ -124,7 +124,7 @@ SAM_FN double sq_norm_chunk(const Row& row, const Chunk& c, const Ascent& ascent
   const Ascend<A, kAdaptive> ascend(ascent);
   const T* w = at<const T>(row.param, c.begin);
   const T* g = at<const T>(row.grad, c.begin);
-  Lanes sums[4] = {};
+  Lanes sums[8] = {};
   alignas(64) A scaled[kBlock];
   for (int b = 0; b < c.size; b += kBlock) {
     const int n = std::min(kBlock, c.size - b);
@@ -135,10 +135,9 @@ SAM_FN double sq_norm_chunk(const Row& row, const Chunk& c, const Ascent& ascent
       add_squares(sums, scaled, n);
     }
   }
-  const Lanes sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  double total = 0;
-  for (int k = 0; k < 8; ++k) total += sum[k];
-  return total;
+  for (int half = 4; half; half /= 2)
+    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+  return (sums[0][0] + sums[0][1]) + (sums[0][2] + sums[0][3]);
 }
 
 template <class T, bool kAdaptive>

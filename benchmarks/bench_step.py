@@ -1,0 +1,271 @@
+"""The optimizer's part of a SAM step, first_step + second_step with gradients in place, beside the rivals.
+
+    python benchmarks/bench_step.py                                          # everything
+    python benchmarks/bench_step.py --lists resnet18 --bases adam --threads 2
+
+All rivals run in one process, one after the other in every round, so that what else the machine does meets them
+alike; a cell is the median over the rounds. Writes step.json and step.md to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytorch_optimizer
+import torch
+from floor import Bandwidth, streams
+from pytest_benchmark.stats import Stats
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import train
+from sam_fused import _C, FusedSAM, ReferenceSAM
+
+RHO = 0.05
+BASES = {
+    "adam": (torch.optim.Adam, {"lr": 1e-3}),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3}),
+    "sgd_momentum": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}),
+}
+
+
+# ---- parameter lists ----
+
+
+def of_model(build: Callable[[], nn.Module]) -> list[torch.Size]:
+    with torch.device("meta"):
+        return [p.shape for p in build().parameters()]
+
+
+def vit_s16() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(224, 16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
+
+
+LISTS: dict[str, Callable[[], list[torch.Size]]] = {
+    "resnet18": lambda: of_model(lambda: train.resnet18(64)),
+    "vgg16": lambda: of_model(lambda: train.vgg16(64)),
+    "vit_s16": lambda: of_model(vit_s16),
+    "1000x100": lambda: [torch.Size([100])] * 1000,
+    "24x4M": lambda: [torch.Size([1 << 22])] * 24,
+}
+
+
+# ---- rivals: each makes a step from parameters that have their gradients ----
+
+
+def two_calls(opt) -> Callable[[], None]:
+    def step() -> None:
+        opt.first_step()
+        opt.second_step()
+
+    return step
+
+
+def foreach_composition(params, base, options, adaptive) -> Callable[[], None]:
+    """The best that torch's own multi-tensor operators can do: no temporary but for ASAM's."""
+    opt = base(params, fused=True, **options)
+    backups = [torch.empty_like(p) for p in params]
+
+    @torch.no_grad()
+    def step() -> None:
+        grads = [p.grad for p in params]
+        scaled = torch._foreach_mul(torch._foreach_abs(params), grads) if adaptive else grads
+        norm = torch.stack(torch._foreach_norm(scaled)).norm()
+        torch._foreach_copy_(backups, params)
+        ascent = torch._foreach_mul(torch._foreach_mul(params, params), grads) if adaptive else grads
+        torch._foreach_add_(params, ascent, alpha=RHO / (norm.item() + 1e-12))
+        torch._foreach_copy_(params, backups)
+        opt.step()
+
+    return step
+
+
+def pytorch_optimizer_sam(params, base, options, adaptive, **fused) -> Callable[[], None]:
+    return two_calls(pytorch_optimizer.SAM(params, base, rho=RHO, adaptive=adaptive, **options, **fused))
+
+
+RIVALS = {
+    "pytorch_optimizer SAM": pytorch_optimizer_sam,
+    "pytorch_optimizer SAM, fused=True": lambda *a: pytorch_optimizer_sam(*a, fused=True),
+    "foreach + fused base": foreach_composition,
+    "ReferenceSAM": lambda p, b, o, a: two_calls(ReferenceSAM(p, b, rho=RHO, adaptive=a, **o)),
+    "FusedSAM": lambda p, b, o, a: two_calls(FusedSAM(p, b, rho=RHO, adaptive=a, **o)),
+    "no SAM: torch fused base": lambda p, b, o, a: b(p, fused=True, **o).step,
+    "no SAM: FusedSAM.step()": lambda p, b, o, a: FusedSAM(p, b, **o).step,
+}
+
+
+def parameters(shapes: list[torch.Size]) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params
+
+
+# ---- measuring ----
+
+
+def interleaved(calls: dict[str, Callable[[], object]], seconds: float, rounds: int) -> dict[str, Stats]:
+    """Time the calls in turn: at least 5 and at most ``rounds`` rounds, and none begins after ``seconds``."""
+    stats = {name: Stats() for name in calls}
+    for call in calls.values():  # warm up: states, caches, cached lists
+        call()
+        call()
+    start = time.perf_counter()
+    for done in range(rounds):
+        if done >= 5 and time.perf_counter() - start > seconds:
+            break
+        for name, call in calls.items():
+            t = time.perf_counter()
+            call()
+            stats[name].update(time.perf_counter() - t)
+    return stats
+
+
+def peak_extra(make: Callable[[], Callable[[], None]], state_bytes: int) -> int:
+    """Most bytes that two steps hold at once, less the base's state."""
+    step = make()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+        step()
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak - state_bytes
+
+
+def run(name: str, base: str, adaptive: bool, threads: int, args: argparse.Namespace) -> dict:
+    torch.set_num_threads(threads)
+    shapes = LISTS[name]()
+    numel = sum(s.numel() for s in shapes)
+    cls, options = BASES[base]
+    params = parameters(shapes)
+    chosen = {n: make for n, make in RIVALS.items() if not (n == "ReferenceSAM" and numel > 2e7)}
+    calls = {n: make(params, cls, options, adaptive) for n, make in chosen.items()}
+    bandwidth = Bandwidth(numel) if numel > 1e6 else None
+    if bandwidth:
+        calls |= {f"bandwidth: {n}": call for n, (call, _) in bandwidth.kernels.items()}
+    stats = interleaved(calls, args.seconds, args.rounds)
+    result = {
+        "list": name,
+        "tensors": len(shapes),
+        "numel": numel,
+        "base": base,
+        "adaptive": adaptive,
+        "threads": threads,
+        "rounds": stats["FusedSAM"].rounds,
+        "ms": {n: {"median": s.median * 1e3, "iqr": s.iqr * 1e3, "min": s.min * 1e3} for n, s in stats.items()},
+    }
+    if bandwidth:
+        speed = {n: moved / stats[f"bandwidth: {n}"].median / 1e9 for n, (_, moved) in bandwidth.kernels.items()}
+        best = max(speed, key=speed.get)
+        result["bandwidth_gb_s"] = speed
+        result["best_kernel"] = best
+        result["floor_ms"] = streams(base, adaptive) * 4 * numel / speed[best] / 1e6
+    if args.memory and base == "adam" and not adaptive:
+        state = 2 * 4 * numel + 4 * len(shapes)
+        result["peak_extra"] = {
+            n: peak_extra(lambda make=make: make(parameters(shapes), cls, options, adaptive), state) / (4 * numel)
+            for n, make in chosen.items()
+        }
+    return result
+
+
+# ---- reporting ----
+
+
+def environment() -> dict[str, str]:
+    cpu = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    return {
+        "cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(),
+        "cores": str(os.cpu_count()),
+        "instruction set": _C.cpu_isa(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pytorch_optimizer": version("pytorch_optimizer"),
+    }
+
+
+def markdown(results: list[dict], env: dict[str, str]) -> str:
+    out = [", ".join(f"{k} {v}" for k, v in env.items()), ""]
+    names = ["pytorch_optimizer SAM", "pytorch_optimizer SAM, fused=True", "foreach + fused base", "ReferenceSAM"]
+    out += [
+        "Milliseconds (median), and how many times FusedSAM's time that is.",
+        "",
+        "| list | optimizer | threads | rounds | FusedSAM | " + " | ".join(names) + " | time / floor |",
+        "|" + "---|" * (6 + len(names)),
+    ]
+    for r in results:
+        ours = r["ms"]["FusedSAM"]["median"]
+        cells = [
+            f"{r['ms'][n]['median']:.2f} ({r['ms'][n]['median'] / ours:.1f}x)" if n in r["ms"] else "" for n in names
+        ]
+        floor = f"{ours / r['floor_ms']:.2f}" if "floor_ms" in r else ""
+        kind = f"{'ASAM' if r['adaptive'] else 'SAM'} + {r['base']}"
+        spread = f"{ours:.2f} ± {r['ms']['FusedSAM']['iqr'] / 2:.2f}"
+        row = [r["list"], kind, str(r["threads"]), str(r["rounds"]), spread, *cells, floor]
+        out.append("| " + " | ".join(row) + " |")
+    out += [
+        "",
+        "Without SAM:",
+        "",
+        "| list | base | threads | torch, fused=True | FusedSAM.step() |",
+        "|---|---|---|---|---|",
+    ]
+    for r in results:
+        if r["adaptive"]:
+            continue
+        theirs, ours = (r["ms"][f"no SAM: {n}"]["median"] for n in ("torch fused base", "FusedSAM.step()"))
+        out.append(f"| {r['list']} | {r['base']} | {r['threads']} | {theirs:.2f} ({theirs / ours:.1f}x) | {ours:.2f} |")
+    if any("peak_extra" in r for r in results):
+        out += ["", "Peak extra memory of a step, over the parameters' size:", ""]
+        out += ["| list | " + " | ".join(RIVALS) + " |", "|" + "---|" * (1 + len(RIVALS))]
+        for r in results:
+            if "peak_extra" in r:
+                cells = [f"{r['peak_extra'][n]:.3f}" if n in r["peak_extra"] else "" for n in RIVALS]
+                out.append(f"| {r['list']} | " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--lists", nargs="+", choices=list(LISTS), default=list(LISTS))
+    p.add_argument("--bases", nargs="+", choices=list(BASES), default=list(BASES))
+    p.add_argument("--kinds", nargs="+", choices=["sam", "asam"], default=["sam", "asam"])
+    p.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}))
+    p.add_argument("--rounds", type=int, default=100, help="at most")
+    p.add_argument("--seconds", type=float, default=4, help="a configuration may take, once it has had 5 rounds")
+    p.add_argument("--no-memory", dest="memory", action="store_false")
+    p.add_argument("--out", type=Path, default=Path("runs/bench"))
+    args = p.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    plan = [
+        (name, base, kind == "asam", threads)
+        for name in args.lists
+        for base in args.bases
+        for kind in args.kinds
+        for threads in args.threads
+    ]
+    results = []
+    for config in tqdm(plan, disable=None):
+        results.append(run(*config, args))
+        (args.out / "step.json").write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
+        (args.out / "step.md").write_text(markdown(results, environment()))
+    print((args.out / "step.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
