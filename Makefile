@@ -34,7 +34,7 @@ build: $(VENV)/.built
 # torch and torchvision together, so that pip picks a pair that fits; then the extension, against this very torch.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install torch torchvision setuptools wheel ninja
+	$(BIN)/pip install torch torchvision 'setuptools>=77' wheel ninja
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)

@@ -134,9 +134,9 @@ def interleaved(calls: dict[str, Callable[[], object]], seconds: float, rounds: 
 
 
 def peak_extra(make: Callable[[], Callable[[], None]], state_bytes: int) -> int:
-    """Most bytes that two steps hold at once, less the base's state."""
-    step = make()
+    """Most bytes that making the optimizer and two steps hold at once, less the base's state."""
     with torch.profiler.profile(profile_memory=True) as profile:
+        step = make()
         step()
         step()
     held = peak = 0
@@ -178,7 +178,7 @@ def run(name: str, base: str, adaptive: bool, threads: int, args: argparse.Names
     if args.memory and base == "adam" and not adaptive:
         state = 2 * 4 * numel + 4 * len(shapes)
         result["peak_extra"] = {
-            n: peak_extra(lambda make=make: make(parameters(shapes), cls, options, adaptive), state) / (4 * numel)
+            n: peak_extra(lambda make=make: make(params, cls, options, adaptive), state) / (4 * numel)
             for n, make in chosen.items()
         }
     return result

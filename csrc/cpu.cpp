@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "backends.h"
 
@@ -20,7 +21,7 @@ namespace {
 
 constexpr int64_t kChunk = 1 << 14;       // elements; a chunk's streams fit into the L2 cache together
 constexpr int kBlock = 512;               // elements; a block's fit into the L1 cache
-constexpr int64_t kGrain = 1 << 15;       // elements; less than this is not worth a second thread
+constexpr int64_t kGrain = 1 << 17;       // elements; less than this is not worth a second thread
 constexpr int64_t kStreamFrom = 1 << 23;  // bytes of parameters; smaller jobs stay in the cache
 
 // ---- instruction sets ----
@@ -177,8 +178,9 @@ SAM_FN void update_block(const Update& update, int n, T* to, const T* from, cons
 }
 
 template <class T, class Base>
-SAM_FN void restore_step_chunk(const Row& row, const Chunk& c, const double* hyper, bool stream) {
-  const typename Base::template Update<arithmetic_t<T>> update(hyper, row.step ? *row.step : 0);
+SAM_FN void restore_step_chunk(const Row& row, const Chunk& c, const double* hyper, const typename Base::Step& step,
+                               bool stream) {
+  const typename Base::template Update<arithmetic_t<T>> update(hyper, step);
   T* w = at<T>(row.param, c.begin);
   const T* from = row.backup ? at<const T>(row.backup, c.begin) : w;
   const T* g = at<const T>(row.grad, c.begin);
@@ -209,7 +211,8 @@ SAM_FN void with_dtype(DType dtype, F&& f) {
   }
 }
 
-// Runs f(chunk, i, stream) over all chunks, in parallel over one flat list of them.
+// Runs f(chunk, i, stream) over all chunks of the table, in parallel over one flat list of them. Threads take the next
+// few whenever they are done, so that a slow one does not keep the others waiting.
 template <class F>
 std::vector<Chunk> for_chunks(const Table& table, const F& f) {
   const std::vector<Chunk> chunks = chunks_of(table, kChunk);
@@ -219,17 +222,26 @@ std::vector<Chunk> for_chunks(const Table& table, const F& f) {
     bytes += row.numel * size_of(row.dtype);
   }
   const int64_t n = static_cast<int64_t>(chunks.size());
-  const int64_t grain = elements == 0 ? 1 : std::max<int64_t>(1, n * kGrain / elements);
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (elements + kGrain - 1) / kGrain);
+  const int64_t batch = threads <= 1 ? n : std::max<int64_t>(1, n / (32 * threads));
   const bool stream = bytes >= kStreamFrom;
   const Chunk* data = chunks.data();
-  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    run(
-        [&](int64_t b, int64_t e) __attribute__((always_inline)) {
-          for (int64_t i = b; i < e; ++i) f(data[i], i, stream);
-        },
-        begin, end);
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(batch, std::memory_order_relaxed)) < n;)
+      run(
+          [&](int64_t b, int64_t e) __attribute__((always_inline)) {
+            for (int64_t k = b; k < e; ++k) {
+              f(data[k], k, stream);
+            }
+          },
+          begin, std::min(begin + batch, n));
     if (stream) end_stream();
-  });
+  };
+  if (threads <= 1)
+    work(0, 1);
+  else
+    at::parallel_for(0, threads, 1, work);
   return chunks;
 }
 
@@ -288,10 +300,20 @@ void restore_step(const Table& table, int base, const double* hyper) {
     if (row.step) *row.step += 1;
   with_base(base, [&](auto b) {
     using Base = decltype(b);
+    // One Step a row; rows of one group mostly have one count.
+    std::vector<typename Base::Step> steps;
+    steps.reserve(table.size());
+    const auto count = [](const Row& row) { return row.step ? *row.step : 0; };
+    for (size_t r = 0; r < table.size(); ++r) {
+      if (r > 0 && table[r].group == table[r - 1].group && count(table[r]) == count(table[r - 1]))
+        steps.push_back(steps.back());
+      else
+        steps.emplace_back(hyper + table[r].group * Base::hypers, count(table[r]));
+    }
     for_chunks(table, [&](const Chunk& c, int64_t, bool stream) __attribute__((always_inline)) {
       const Row& row = table[c.row];
       with_dtype(row.dtype, [&](auto t) __attribute__((always_inline)) {
-        restore_step_chunk<decltype(t), Base>(row, c, hyper + row.group * Base::hypers, stream);
+        restore_step_chunk<decltype(t), Base>(row, c, hyper + row.group * Base::hypers, steps[c.row], stream);
       });
     });
   });

@@ -43,8 +43,9 @@ struct Sharpness {
 };
 
 // ---- base optimizers ----
-// A base names its row of hyper-parameters, how many state tensors it has, and whether it counts steps; Update<A> is
-// made once a tensor and then called once an element with the weight, the gradient and the element's states.
+// A base names its row of hyper-parameters, how many state tensors it has, and whether it counts steps. Its Step is
+// what the step count decides, made once for each count; Update<A> is made once a chunk, and called once an element
+// with the weight, the gradient and the element's states.
 
 // torch.optim.SGD: lr, weight_decay, maximize, momentum, dampening, nesterov.
 template <bool kMomentum>
@@ -53,11 +54,15 @@ struct SgdBase {
   static constexpr int states = kMomentum, hypers = 6;
   static constexpr bool counts_steps = false;
 
+  struct Step {
+    Step(const double* /*h*/, double /*count*/) {}
+  };
+
   template <class A>
   struct Update {
     A lr, weight_decay, sign, momentum, undamped;
     bool nesterov;
-    SAM_FN Update(const double* h, double /*step*/)
+    SAM_FN Update(const double* h, const Step&)
         : lr(static_cast<A>(h[0])),
           weight_decay(static_cast<A>(h[1])),
           sign(static_cast<A>(h[2] != 0 ? -1 : 1)),
@@ -86,11 +91,17 @@ struct AdamBase {
   static constexpr int states = kAmsgrad ? 3 : 2, hypers = 7;
   static constexpr bool counts_steps = true;
 
+  struct Step {  // the bias corrections
+    double correction1, sqrt_correction2;
+    Step(const double* h, double count)
+        : correction1(1 - std::pow(h[3], count)), sqrt_correction2(std::sqrt(1 - std::pow(h[4], count))) {}
+  };
+
   template <class A>
   struct Update {
     A decay, weight_decay, sign, lerp, beta2, one_minus_beta2, eps, step_size, inv_sqrt_correction2;
     bool from_avg;
-    SAM_FN Update(const double* h, double step) {
+    SAM_FN Update(const double* h, const Step& step) {
       const double lr = h[0], beta1 = h[3], b2 = h[4];
       const bool decoupled = h[6] != 0;
       decay = static_cast<A>(decoupled ? 1 - lr * h[1] : 1);
@@ -101,8 +112,8 @@ struct AdamBase {
       beta2 = static_cast<A>(b2);
       one_minus_beta2 = static_cast<A>(1 - b2);
       eps = static_cast<A>(h[5]);
-      step_size = static_cast<A>(lr / (1 - std::pow(beta1, step)));
-      inv_sqrt_correction2 = static_cast<A>(1 / std::sqrt(1 - std::pow(b2, step)));
+      step_size = static_cast<A>(lr / step.correction1);
+      inv_sqrt_correction2 = static_cast<A>(1 / step.sqrt_correction2);
     }
     SAM_FN void operator()(A& w, A g, A* state) const {
       g = sign * g;
