@@ -39,14 +39,16 @@ def test_same_steps_as_torch(base, dtype, cls):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("base", ["sgd_momentum", "adam", "adamw"])
+@pytest.mark.parametrize("base", ["adam", "adamw"])
 def test_same_steps_as_torch_fused_in_half_types(base, dtype):
-    """torch's fused kernels compute in float32 and keep the state in the parameter's type, as the extension does."""
+    """torch's fused kernels compute in float32 and keep the state in the parameter's type, as the extension does.
+
+    (Not SGD: its fused momentum in half types is wrong in torch 2.6.)
+    """
     base_cls, options = BASES[base]
     mine = [p for p in awkward(dtype) if p.is_contiguous()]
     theirs = clones(mine)
-    if base != "sgd_momentum":
-        options = {**options, "eps": 1e-4}
+    options = {**options, "eps": 1e-4}
     for step in range(5):
         opt, plain = FusedSAM(mine, base_cls, **options), base_cls(theirs, **options, fused=True)
         for params in (mine, theirs):
