@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -82,6 +83,11 @@ def _place(p: Tensor) -> Hashable:
     return p.device
 
 
+def _dense_strides(p: Tensor) -> tuple[int, ...]:
+    """The strides that the extension wants beside ``p``: its own, unless it has gaps."""
+    return torch.empty_like(p, device="meta").stride()
+
+
 def _laid_out_like(t: Tensor | None, p: Tensor) -> bool:
     """Whether the extension can use ``t`` as it is beside ``p``: same dtype, device, shape and dense strides."""
     return (
@@ -89,8 +95,28 @@ def _laid_out_like(t: Tensor | None, p: Tensor) -> bool:
         and t.dtype == p.dtype
         and t.device == p.device
         and t.shape == p.shape
-        and t.stride() == torch.empty_like(p, device="meta").stride()
+        and t.stride() == _dense_strides(p)
     )
+
+
+def _pooled(params: list[Tensor]) -> list[Tensor]:
+    """Zeros in the dtype, device and dense layout of each parameter, views of one storage for each dtype and device.
+
+    An operator call then walks through one run of memory: with a thousand small tensors, the misses of a thousand
+    scattered ones cost more than the arithmetic.
+    """
+    sizes: dict[Hashable, int] = defaultdict(int)
+    offsets = []
+    for p in params:
+        key = (p.dtype, p.device)
+        line = (64 if p.nbytes >= 4096 else 16) // p.itemsize  # a cache line, or what non-temporal stores need
+        offsets.append(-(-sizes[key] // line) * line)
+        sizes[key] = offsets[-1] + p.numel()
+    pools = {(dtype, device): torch.zeros(n, dtype=dtype, device=device) for (dtype, device), n in sizes.items()}
+    return [
+        pools[p.dtype, p.device].as_strided(p.shape, _dense_strides(p), offset)
+        for p, offset in zip(params, offsets, strict=True)
+    ]
 
 
 class FusedSAM(SAM):
@@ -179,34 +205,48 @@ class FusedSAM(SAM):
 
     def _make_descent(self, plan: _Plan) -> list[_Lists]:
         """The lists of the update, with the base's state made or moved to the parameters' layout where need be."""
+        fresh = self._make_state(plan)
         lists: dict[Hashable, _Lists] = {}
-        replaced = False
         for position, ((group, p), update) in enumerate(zip(plan.active, plan.updates, strict=True)):
-            state = self.state[p] if update.state else {}
-            fresh = any(state.get(key) is None for key in update.state)
-            for key in update.state:
-                old = state.get(key)
-                if not _laid_out_like(old, p):
-                    state[key] = torch.zeros_like(p, requires_grad=False)
-                    if old is not None:
-                        state[key].copy_(old)
-                        replaced = True
-            if update.counts_steps:
-                step = state.get("step", 0.0)
-                if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device.type != "cpu":
-                    replaced |= "step" in state
-                    state["step"] = torch.tensor(float(step), dtype=torch.float32)
             to = _lists_for(lists, (_place(p), update), update)
-            to.append(position, p, group, fresh)
-            to.state.append([state[key] for key in update.state])
+            to.append(position, p, group, id(p) in fresh)
             if update.counts_steps:
-                to.steps.append(state["step"])
+                to.steps.append(self.state[p]["step"])
+        for to in lists.values():
+            to.state = [self.state[p][key] for key in to.update.state for p in to.params]
+        return list(lists.values())
+
+    def _make_state(self, plan: _Plan) -> set[int]:
+        """Make what is missing of the base's state; returns the ids of the parameters that had none."""
+        wanted: dict[str, list[Tensor]] = defaultdict(list)
+        uncounted: list[Tensor] = []
+        for (_, p), update in zip(plan.active, plan.updates, strict=True):
+            state = self.state[p] if update.state else {}
+            for key in update.state:
+                if not _laid_out_like(state.get(key), p):
+                    wanted[key].append(p)
+            step = state.get("step")
+            if update.counts_steps and not (
+                isinstance(step, Tensor) and step.dtype == torch.float32 and step.device.type == "cpu"
+            ):
+                uncounted.append(p)
+        fresh, replaced = set(), False
+        for key, params in wanted.items():
+            for p, new in zip(params, _pooled(params), strict=True):
+                old = self.state[p].get(key)
+                if old is None:
+                    fresh.add(id(p))
+                else:
+                    new.copy_(old)
+                    replaced = True
+                self.state[p][key] = new
+        for p, new in zip(uncounted, torch.zeros(len(uncounted)), strict=True):
+            replaced |= "step" in self.state[p]
+            self.state[p]["step"] = new.fill_(float(self.state[p].get("step", 0.0)))
         if replaced:  # other plans hold the old tensors
             for other in self._plans.values():
                 other.descent = None
-        for to in lists.values():
-            to.state = [tensors[k] for k in range(len(to.update.state)) for tensors in to.state]
-        return list(lists.values())
+        return fresh
 
     def _match(self, plan: _Plan) -> None:
         """Give each parameter of the update its backup, and find the perturbed ones that have no gradient now."""
@@ -218,11 +258,12 @@ class FusedSAM(SAM):
         plan.leftover = ([p for p, _ in left], [backup for _, backup in left])
         plan.matched = self._backup
 
-    def _backup_of(self, p: Tensor) -> Tensor:
-        """A buffer to save ``p`` in, kept from step to step."""
-        if not _laid_out_like(self._backups.get(p), p):
-            self._backups[p] = torch.empty_like(p, requires_grad=False)
-        return self._backups[p]
+    def _backups_of(self, params: list[Tensor]) -> list[Tensor]:
+        """Buffers to save ``params`` in, kept from step to step."""
+        missing = [p for p in params if not _laid_out_like(self._backups.get(p), p)]
+        for p, new in zip(missing, _pooled(missing), strict=True):
+            self._backups[p] = new
+        return [self._backups[p] for p in params]
 
     # ---- the arithmetic ----
 
@@ -242,7 +283,7 @@ class FusedSAM(SAM):
         self._backup = []
         for lists, g, ascent in calls:
             if not lists.backups:
-                lists.backups = [self._backup_of(p) for p in lists.params]
+                lists.backups = self._backups_of(lists.params)
             norm = self._measured[0].to(lists.params[0].device)
             _C.perturb_(lists.params, g, lists.backups, norm, ascent, lists.sizes)
             self._backup.append(lists)
