@@ -99,18 +99,21 @@ def _laid_out_like(t: Tensor | None, p: Tensor) -> bool:
     )
 
 
-def _pooled(params: list[Tensor]) -> list[Tensor]:
+def _pooled(params: list[Tensor], stream: int) -> list[Tensor]:
     """Zeros in the dtype, device and dense layout of each parameter, views of one storage for each dtype and device.
 
     An operator call then walks through one run of memory: with a thousand small tensors, the misses of a thousand
-    scattered ones cost more than the arithmetic.
+    scattered ones cost more than the arithmetic. ``stream`` is a small number that differs among the pools that one
+    call walks through together. It shifts their beginnings by 1 KiB: at equal offsets within a page they would push
+    each other out of the cache (24 x 4 M, Adam's update with one thread: 90 ms against 60).
     """
     sizes: dict[Hashable, int] = defaultdict(int)
     offsets = []
     for p in params:
         key = (p.dtype, p.device)
         line = (64 if p.nbytes >= 4096 else 16) // p.itemsize  # a cache line, or what non-temporal stores need
-        offsets.append(-(-sizes[key] // line) * line)
+        start = sizes[key] if key in sizes else 1024 * stream // p.itemsize
+        offsets.append(-(-start // line) * line)
         sizes[key] = offsets[-1] + p.numel()
     pools = {(dtype, device): torch.zeros(n, dtype=dtype, device=device) for (dtype, device), n in sizes.items()}
     return [
@@ -231,8 +234,8 @@ class FusedSAM(SAM):
             ):
                 uncounted.append(p)
         fresh, replaced = set(), False
-        for key, params in wanted.items():
-            for p, new in zip(params, _pooled(params), strict=True):
+        for stream, (key, params) in enumerate(sorted(wanted.items()), start=2):
+            for p, new in zip(params, _pooled(params, stream), strict=True):
                 old = self.state[p].get(key)
                 if old is None:
                     fresh.add(id(p))
@@ -261,7 +264,7 @@ class FusedSAM(SAM):
     def _backups_of(self, params: list[Tensor]) -> list[Tensor]:
         """Buffers to save ``params`` in, kept from step to step."""
         missing = [p for p in params if not _laid_out_like(self._backups.get(p), p)]
-        for p, new in zip(missing, _pooled(missing), strict=True):
+        for p, new in zip(missing, _pooled(missing, stream=1), strict=True):
             self._backups[p] = new
         return [self._backups[p] for p in params]
 
