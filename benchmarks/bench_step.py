@@ -4,7 +4,7 @@
     python benchmarks/bench_step.py --lists resnet18 --bases adam --threads 2
 
 All rivals run in one process, one after the other in every round, so that what else the machine does meets them
-alike; a cell is the median over the rounds. Writes step.json and step.md to --out.
+alike; a cell is the median over the rounds. Writes step.json, step.md and floor.png to --out.
 """
 
 from __future__ import annotations
@@ -19,24 +19,16 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-import pytorch_optimizer
 import torch
 from floor import Bandwidth, streams
 from pytest_benchmark.stats import Stats
+from rivals import BASES, RIVALS, two_calls
 from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
-from sam_fused import _C, FusedSAM, ReferenceSAM
-
-RHO = 0.05
-BASES = {
-    "adam": (torch.optim.Adam, {"lr": 1e-3}),
-    "adamw": (torch.optim.AdamW, {"lr": 1e-3}),
-    "sgd_momentum": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}),
-}
-
+from sam_fused import _C, FusedSAM
 
 # ---- parameter lists ----
 
@@ -61,49 +53,7 @@ LISTS: dict[str, Callable[[], list[torch.Size]]] = {
 }
 
 
-# ---- rivals: each makes a step from parameters that have their gradients ----
-
-
-def two_calls(opt) -> Callable[[], None]:
-    def step() -> None:
-        opt.first_step()
-        opt.second_step()
-
-    return step
-
-
-def foreach_composition(params, base, options, adaptive) -> Callable[[], None]:
-    """The best that torch's own multi-tensor operators can do: no temporary but for ASAM's."""
-    opt = base(params, fused=True, **options)
-    backups = [torch.empty_like(p) for p in params]
-
-    @torch.no_grad()
-    def step() -> None:
-        grads = [p.grad for p in params]
-        scaled = torch._foreach_mul(torch._foreach_abs(params), grads) if adaptive else grads
-        norm = torch.stack(torch._foreach_norm(scaled)).norm()
-        torch._foreach_copy_(backups, params)
-        ascent = torch._foreach_mul(torch._foreach_mul(params, params), grads) if adaptive else grads
-        torch._foreach_add_(params, ascent, alpha=RHO / (norm.item() + 1e-12))
-        torch._foreach_copy_(params, backups)
-        opt.step()
-
-    return step
-
-
-def pytorch_optimizer_sam(params, base, options, adaptive, **fused) -> Callable[[], None]:
-    return two_calls(pytorch_optimizer.SAM(params, base, rho=RHO, adaptive=adaptive, **options, **fused))
-
-
-RIVALS = {
-    "pytorch_optimizer SAM": pytorch_optimizer_sam,
-    "pytorch_optimizer SAM, fused=True": lambda *a: pytorch_optimizer_sam(*a, fused=True),
-    "foreach + fused base": foreach_composition,
-    "ReferenceSAM": lambda p, b, o, a: two_calls(ReferenceSAM(p, b, rho=RHO, adaptive=a, **o)),
-    "FusedSAM": lambda p, b, o, a: two_calls(FusedSAM(p, b, rho=RHO, adaptive=a, **o)),
-    "no SAM: torch fused base": lambda p, b, o, a: b(p, fused=True, **o).step,
-    "no SAM: FusedSAM.step()": lambda p, b, o, a: FusedSAM(p, b, **o).step,
-}
+# ---- measuring ----
 
 
 def parameters(shapes: list[torch.Size]) -> list[nn.Parameter]:
@@ -113,18 +63,15 @@ def parameters(shapes: list[torch.Size]) -> list[nn.Parameter]:
     return params
 
 
-# ---- measuring ----
-
-
-def interleaved(calls: dict[str, Callable[[], object]], seconds: float, rounds: int) -> dict[str, Stats]:
-    """Time the calls in turn: at least 5 and at most ``rounds`` rounds, and none begins after ``seconds``."""
+def interleaved(calls: dict[str, Callable[[], object]], seconds: float, rounds: tuple[int, int]) -> dict[str, Stats]:
+    """Time the calls in turn: at least and at most ``rounds`` rounds, and none begins after ``seconds``."""
     stats = {name: Stats() for name in calls}
     for call in calls.values():  # warm up: states, caches, cached lists
         call()
         call()
     start = time.perf_counter()
-    for done in range(rounds):
-        if done >= 5 and time.perf_counter() - start > seconds:
+    for done in range(rounds[1]):
+        if done >= rounds[0] and time.perf_counter() - start > seconds:
             break
         for name, call in calls.items():
             t = time.perf_counter()
@@ -154,11 +101,13 @@ def run(name: str, base: str, adaptive: bool, threads: int, args: argparse.Names
     cls, options = BASES[base]
     params = parameters(shapes)
     chosen = {n: make for n, make in RIVALS.items() if not (n == "ReferenceSAM" and numel > 2e7)}
-    calls = {n: make(params, cls, options, adaptive) for n, make in chosen.items()}
+    calls = {n: two_calls(make(params, cls, adaptive, **options)) for n, make in chosen.items()}
+    calls["no SAM: torch fused base"] = cls(params, fused=True, **options).step
+    calls["no SAM: FusedSAM.step()"] = FusedSAM(params, cls, **options).step
     bandwidth = Bandwidth(numel) if numel > 1e6 else None
     if bandwidth:
         calls |= {f"bandwidth: {n}": call for n, (call, _) in bandwidth.kernels.items()}
-    stats = interleaved(calls, args.seconds, args.rounds)
+    stats = interleaved(calls, args.seconds, (3, args.rounds))
     result = {
         "list": name,
         "tensors": len(shapes),
@@ -178,7 +127,7 @@ def run(name: str, base: str, adaptive: bool, threads: int, args: argparse.Names
     if args.memory and base == "adam" and not adaptive:
         state = 2 * 4 * numel + 4 * len(shapes)
         result["peak_extra"] = {
-            n: peak_extra(lambda make=make: make(params, cls, options, adaptive), state) / (4 * numel)
+            n: peak_extra(lambda make=make: two_calls(make(params, cls, adaptive, **options)), state) / (4 * numel)
             for n, make in chosen.items()
         }
     return result
@@ -240,6 +189,32 @@ def markdown(results: list[dict], env: dict[str, str]) -> str:
     return "\n".join(out) + "\n"
 
 
+def plot_floor(results: list[dict], path: Path) -> None:
+    """Time over floor, a bar for each list, optimizer and thread count."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bars = [r for r in results if "floor_ms" in r]
+    if not bars:
+        return
+    names = [f"{'ASAM' if r['adaptive'] else 'SAM'} + {r['base']}, {r['threads']} thr." for r in bars]
+    kinds, lists = list(dict.fromkeys(names)), list(dict.fromkeys(r["list"] for r in bars))
+    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
+    for k, kind in enumerate(kinds):
+        of_kind = [(r, lists.index(r["list"])) for r, name in zip(bars, names, strict=True) if name == kind]
+        x = [i + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for _, i in of_kind]
+        axes.bar(x, [r["ms"]["FusedSAM"]["median"] / r["floor_ms"] for r, _ in of_kind], 0.8 / len(kinds), label=kind)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(
+        ylabel="time / floor", title="FusedSAM: first_step + second_step over the least time for its memory traffic"
+    )
+    axes.set_xticks(range(len(lists)), lists)
+    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--lists", nargs="+", choices=list(LISTS), default=list(LISTS))
@@ -247,7 +222,7 @@ def main() -> None:
     p.add_argument("--kinds", nargs="+", choices=["sam", "asam"], default=["sam", "asam"])
     p.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}))
     p.add_argument("--rounds", type=int, default=100, help="at most")
-    p.add_argument("--seconds", type=float, default=4, help="a configuration may take, once it has had 5 rounds")
+    p.add_argument("--seconds", type=float, default=1.5, help="a configuration may take, once it has had 3 rounds")
     p.add_argument("--no-memory", dest="memory", action="store_false")
     p.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = p.parse_args()
@@ -264,6 +239,7 @@ def main() -> None:
         results.append(run(*config, args))
         (args.out / "step.json").write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
         (args.out / "step.md").write_text(markdown(results, environment()))
+    plot_floor(results, args.out / "floor.png")
     print((args.out / "step.md").read_text())
 
 

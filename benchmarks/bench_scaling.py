@@ -1,0 +1,73 @@
+"""How the cost of a SAM + Adam step grows: with the parameters (in 64 tensors), and with the tensors (of 100 elements).
+
+    python benchmarks/bench_scaling.py
+
+Writes scaling.json and scaling.png to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+import torch
+from bench_step import environment, interleaved, parameters
+from rivals import RIVALS, two_calls
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SERIES = ["pytorch_optimizer SAM, fused=True", "foreach + fused base", "FusedSAM"]
+AXES = {
+    "parameters": [(64, 10**k // 64) for k in (4, 5, 6, 7, 8)],
+    "tensors": [(10**k, 100) for k in (1, 2, 3, 4, 5)],
+}
+
+
+def measure(tensors: int, numel: int, seconds: float) -> dict[str, float]:
+    """Median milliseconds; rivals are left out where one step would take them seconds."""
+    params = parameters([torch.Size([numel])] * tensors)
+    names = SERIES if tensors <= 10**4 else SERIES[1:]
+    calls = {n: two_calls(RIVALS[n](params, torch.optim.Adam, False, lr=1e-3)) for n in names}
+    return {n: s.median * 1e3 for n, s in interleaved(calls, seconds, (3, 50)).items()}
+
+
+def plot(results: dict[str, list[dict]], path: Path) -> None:
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for axes, (name, rows) in zip(panels, results.items(), strict=True):
+        for series in SERIES:
+            points = [(r["size"], r["ms"][series]) for r in rows if series in r["ms"]]
+            axes.loglog(*zip(*points, strict=True), marker="o", label=series)
+        last = rows[-1]
+        line = [last["ms"]["FusedSAM"] * r["size"] / last["size"] for r in rows]
+        axes.loglog([r["size"] for r in rows], line, "k:", linewidth=0.8, label="linear, through FusedSAM's last")
+        axes.set(xlabel=name, title={"parameters": "in 64 tensors", "tensors": "of 100 elements"}[name])
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="ms a step (first_step + second_step), SAM + Adam")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seconds", type=float, default=1, help="a size may take, once it has had 3 rounds")
+    p.add_argument("--out", type=Path, default=Path("runs/bench"))
+    args = p.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[dict]] = {name: [] for name in AXES}
+    for name, sizes in AXES.items():
+        for tensors, numel in tqdm(sizes, desc=name, disable=None):
+            size = tensors * numel if name == "parameters" else tensors
+            results[name].append({"size": size, "ms": measure(tensors, numel, args.seconds)})
+    content = {"environment": environment(), "threads": torch.get_num_threads(), **results}
+    (args.out / "scaling.json").write_text(json.dumps(content, indent=1))
+    plot(results, args.out / "scaling.png")
+    for name, rows in results.items():
+        print(name, {r["size"]: round(r["ms"]["FusedSAM"], 3) for r in rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Whole training steps, and the input pipeline, in images per second.
+
+    python benchmarks/bench_train.py
+    python benchmarks/bench_train.py --archs resnet18 --widths 64
+
+Batches of 128 random images of CIFAR-10's size; the optimizers take turns on one network in one process. Writes
+train.json and train.md to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from bench_step import environment, interleaved
+from rivals import RIVALS
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import train
+
+BATCH = 128
+PASS = "forward + backward"
+
+
+def variants(arch: str, width: int) -> dict[str, Callable[[], object]]:
+    """One training step of each optimizer, on the same network and batch; sam_every 2 does two steps."""
+    flags = ["--arch", arch, "--width", str(width), "--base", "adam"]
+    model, _, _ = train.build(train.settle(train.parse(flags)))
+    model.train()
+    x = torch.randn(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    y = torch.randint(0, 10, (BATCH,))
+    params = list(model.parameters())
+
+    def forward_backward() -> None:
+        for p in params:
+            p.grad = None
+        F.cross_entropy(model(x), y).backward()
+
+    def plain(**options) -> Callable[[], object]:
+        opt = torch.optim.Adam(params, lr=1e-6, **options)
+        return lambda: (forward_backward(), opt.step())
+
+    def rival(name: str) -> Callable[[], object]:
+        opt = RIVALS[name](params, torch.optim.Adam, False, lr=1e-6)
+        return lambda: (forward_backward(), opt.first_step(), forward_backward(), opt.second_step())
+
+    def ours(*more: str, steps: int = 1) -> Callable[[], object]:
+        s = train.settle(train.parse([*flags, "--lr", "1e-6", *more]))
+        opt = train.FusedSAM(params, lr=s.lr, rho=s.measure_rho, model=model)
+        return lambda: [train.train_step(s, model, opt, x, y, i) for i in range(steps)]
+
+    return {
+        PASS: forward_backward,
+        "Adam": plain(),
+        "Adam, fused=True": plain(fused=True),
+        **{n: rival(n) for n in RIVALS if n not in ("ReferenceSAM", "FusedSAM")},
+        "FusedSAM": ours(),
+        "FusedSAM, --ascent-fraction 0.25": ours("--ascent-fraction", "0.25"),
+        "FusedSAM, --sam-every 2": ours("--sam-every", "2", steps=2),
+        "FusedSAM, --rho 0": ours("--rho", "0"),
+    }
+
+
+def pipelines(n: int = 5120) -> dict[str, Callable[[], object]]:
+    """One epoch of augmented, normalized batches over n images: train.py's, and the paper's code's."""
+    from PIL import Image
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import transforms
+
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (n,))
+    normalize = train.Normalize(images)
+    generator = torch.Generator().manual_seed(0)
+    per_sample = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
+        ]
+    )
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+
+    class PerSample(Dataset):
+        """As torchvision.datasets.CIFAR10: an array in memory, an image at a time."""
+
+        def __len__(self) -> int:
+            return n
+
+        def __getitem__(self, i: int) -> tuple[Tensor, int]:
+            return per_sample(Image.fromarray(pixels[i])), labels[i]
+
+    def loader(workers: int) -> Callable[[], object]:
+        data = DataLoader(PerSample(), BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+        return lambda: [x for x, _ in data]
+
+    return {
+        "train.py": lambda: [
+            normalize(x) for x, _ in train.batches(train.Split(images, labels), BATCH, generator, flip=True)
+        ],
+        "torchvision transforms, DataLoader": loader(0),
+        "torchvision transforms, DataLoader, 2 workers": loader(2),
+    }
+
+
+def network(arch: str, width: int, args: argparse.Namespace) -> dict:
+    calls = variants(arch, width)
+    stats = interleaved(calls, args.seconds, (3, 30))
+    step = {n: s.median / (2 if "sam-every" in n else 1) for n, s in stats.items()}
+    return {
+        "arch": arch,
+        "width": width,
+        "parameters": sum(p.numel() for p in train.ARCHS[arch](width).parameters()),
+        "rounds": stats[PASS].rounds,
+        "seconds": step,
+        "iqr": {n: s.iqr for n, s in stats.items()},
+    }
+
+
+def markdown(networks: list[dict], inputs: dict, env: dict[str, str], threads: int) -> str:
+    out = [", ".join(f"{k} {v}" for k, v in env.items()) + f", threads {threads}", ""]
+    for r in networks:
+        base = r["seconds"][PASS]
+        out += [
+            f"{r['arch']}, width {r['width']} ({r['parameters'] / 1e6:.2f} M parameters), batch {BATCH}, "
+            f"n = {r['rounds']}:",
+            "",
+            "| step | images/s | over one forward + backward |",
+            "|---|---|---|",
+            *(f"| {n} | {BATCH / s:.0f} | {s / base:.3f} |" for n, s in r["seconds"].items()),
+            "",
+        ]
+    if inputs:
+        ours = inputs["images_per_second"]["train.py"]
+        out += [
+            f"Input pipeline alone, n = {inputs['rounds']}:",
+            "",
+            "| | images/s | train.py is faster by |",
+            "|---|---|---|",
+        ]
+        out += [f"| {n} | {v:.0f} | {ours / v:.1f}x |" for n, v in inputs["images_per_second"].items()]
+    return "\n".join(out) + "\n"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--archs", nargs="+", choices=list(train.ARCHS), default=list(train.ARCHS))
+    p.add_argument("--widths", nargs="+", type=int, default=[16, 64])
+    p.add_argument("--seconds", type=float, default=8, help="a network may take, once it has had 3 rounds")
+    p.add_argument("--out", type=Path, default=Path("runs/bench"))
+    args = p.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    networks: list[dict] = []
+    stats = interleaved(pipelines(), 6, (3, 20))
+    inputs = {
+        "rounds": stats["train.py"].rounds,
+        "images_per_second": {n: 5120 / s.median for n, s in stats.items()},
+    }
+    for width in args.widths:
+        for arch in tqdm(args.archs, desc=f"width {width}", disable=None):
+            networks.append(network(arch, width, args))
+            result = {"environment": environment(), "threads": torch.get_num_threads(), "networks": networks}
+            (args.out / "train.json").write_text(json.dumps({**result, "input": inputs}, indent=1))
+            text = markdown(networks, inputs, environment(), torch.get_num_threads())
+            (args.out / "train.md").write_text(text)
+    print((args.out / "train.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

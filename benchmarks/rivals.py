@@ -1,0 +1,65 @@
+"""What FusedSAM is measured against, all with first_step and second_step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_optimizer
+import torch
+from torch import nn
+
+from sam_fused import FusedSAM, ReferenceSAM
+
+RHO = 0.05
+BASES = {
+    "adam": (torch.optim.Adam, {"lr": 1e-3}),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3}),
+    "sgd_momentum": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}),
+}
+
+
+class ForeachSAM:
+    """The best that torch's own multi-tensor operators can do: backups made once, no temporary but for ASAM's."""
+
+    def __init__(self, params: list[nn.Parameter], base: type, adaptive: bool, **options: Any) -> None:
+        self.params = params
+        self.adaptive = adaptive
+        self.base = base(params, fused=True, **options)
+        self.backups = [torch.empty_like(p) for p in params]
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        params, grads = self.params, [p.grad for p in self.params]
+        scaled = torch._foreach_mul(torch._foreach_abs(params), grads) if self.adaptive else grads
+        norm = torch.stack(torch._foreach_norm(scaled)).norm()
+        torch._foreach_copy_(self.backups, params)
+        ascent = torch._foreach_mul(torch._foreach_mul(params, params), grads) if self.adaptive else grads
+        torch._foreach_add_(params, ascent, alpha=RHO / (norm.item() + 1e-12))
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        torch._foreach_copy_(self.params, self.backups)
+        self.base.step()
+
+
+#: label: make(params, base class, adaptive, options of the base)
+RIVALS: dict[str, Callable[..., Any]] = {
+    "pytorch_optimizer SAM": lambda p, b, a, **o: pytorch_optimizer.SAM(p, b, rho=RHO, adaptive=a, **o),
+    "pytorch_optimizer SAM, fused=True": lambda p, b, a, **o: pytorch_optimizer.SAM(
+        p, b, rho=RHO, adaptive=a, fused=True, **o
+    ),
+    "foreach + fused base": lambda p, b, a, **o: ForeachSAM(p, b, a, **o),
+    "ReferenceSAM": lambda p, b, a, **o: ReferenceSAM(p, b, rho=RHO, adaptive=a, **o),
+    "FusedSAM": lambda p, b, a, **o: FusedSAM(p, b, rho=RHO, adaptive=a, **o),
+}
+
+
+def two_calls(opt: Any) -> Callable[[], None]:
+    """The optimizer's part of a SAM step."""
+
+    def step() -> None:
+        opt.first_step()
+        opt.second_step()
+
+    return step
