@@ -158,7 +158,11 @@ class SAM(Optimizer):
             RuntimeError: if the weights are perturbed already.
         """
         self._check_not_perturbed("first_step()")
-        self._ascend(perturb=True)
+        try:
+            self._ascend(perturb=True)
+        except BaseException:
+            self.restore()
+            raise
         if self.model is not None:
             self._frozen = freeze_statistics(self.model)
         if zero_grad:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import sam_fused.optimizer
-from sam_fused import FusedSAM, ReferenceSAM
+from sam_fused import _C, FusedSAM, ReferenceSAM
 from tests.cases import BASES, assert_near, awkward, clones, set_grads
 from tests.test_parity import lockstep
 
@@ -125,6 +125,33 @@ def test_the_error_names_the_sparse_gradient():
     w[2].grad = torch.ones(4).to_sparse()
     with pytest.raises(RuntimeError, match=r"param_groups\[1\]\['params'\]\[1\]\.grad: .*Sparse.*not supported"):
         opt.first_step()
+
+
+def test_a_perturbation_that_fails_halfway_is_undone(monkeypatch):
+    places = {}
+    monkeypatch.setattr(sam_fused.optimizer, "_place", lambda p: places.setdefault(id(p), len(places) % 2))
+    params = awkward(torch.float32)
+    opt = FusedSAM(params, rho=1.0)
+    set_grads(params, 0)
+    before = snapshot(params)
+    perturb, calls = sam_fused.optimizer._C.perturb_, []
+
+    class Failing:
+        def __getattr__(self, name):
+            return getattr(_C, name)
+
+        def perturb_(self, *args):
+            calls.append(args)
+            if len(calls) == 2:
+                raise MemoryError
+            perturb(*args)
+
+    monkeypatch.setattr(sam_fused.optimizer, "_C", Failing())
+    with pytest.raises(MemoryError):
+        opt.first_step()
+    assert len(calls) == 2
+    assert not opt.perturbed
+    assert_untouched(params, before)
 
 
 @both
@@ -460,8 +487,6 @@ def test_more_than_2_to_the_31_elements():
     )
     if available < 7 << 20:
         pytest.skip(f"needs 7 GiB of memory, {available >> 20} GiB available")
-    from sam_fused import _C
-
     g, backup = (torch.from_numpy(np.zeros(n, np.int16)).view(torch.bfloat16) for _ in range(2))
     w = torch.empty(n, dtype=torch.bfloat16)
     g[-3:] = 1
