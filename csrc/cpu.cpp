@@ -179,8 +179,8 @@ SAM_FN void update_block(const Update& update, int n, T* to, const T* from, cons
 
 template <class T, class Base>
 SAM_FN void restore_step_chunk(const Row& row, const Chunk& c, const double* hyper, const typename Base::Step& step,
-                               bool stream) {
-  const typename Base::template Update<arithmetic_t<T>> update(hyper, step);
+                               double grad_scale, bool stream) {
+  const typename Base::template Update<arithmetic_t<T>> update(hyper, step, grad_scale);
   T* w = at<T>(row.param, c.begin);
   const T* from = row.backup ? at<const T>(row.backup, c.begin) : w;
   const T* g = at<const T>(row.grad, c.begin);
@@ -263,12 +263,15 @@ void grad_sq_norm(const Table& table, const Ascent* groups, int64_t n_groups, do
   for (size_t i = 0; i < chunks.size(); ++i) sq_norms[table[chunks[i].row].group] += partial[i];
 }
 
-void sharpness(const double* sq_norms, const Ascent* groups, int64_t n_groups, double* total, double* out) {
+void sharpness(const double* sq_norms, const Ascent* groups, int64_t n_groups, const float* grad_scale, double* total,
+               double* out) {
   const Sharpness s(sq_norms, groups, n_groups);
-  out[0] = s.norm;
-  out[1] = s.value;
+  const double scale = grad_scale ? *grad_scale : 1;
+  out[0] = s.norm / scale;
+  out[1] = s.value / scale;
+  out[2] = s.norm;
   if (std::isfinite(s.value)) {
-    total[0] += s.value;
+    total[0] += s.value / scale;
     total[1] += 1;
   }
 }
@@ -290,12 +293,15 @@ void perturb(const Table& table, const Ascent* groups, const double* norm) {
 void restore(const Table& table) {
   for_chunks(table, [&](const Chunk& c, int64_t, bool stream) __attribute__((always_inline)) {
     const Row& row = table[c.row];
+    if (!row.backup) return;
     const int64_t size = size_of(row.dtype);
     copy(at<char>(row.param, c.begin * size), at<const char>(row.backup, c.begin * size), c.size * size, stream);
   });
 }
 
-void restore_step(const Table& table, int base, const double* hyper) {
+void restore_step(const Table& table, int base, const double* hyper, const float* grad_scale, const float* found_inf) {
+  if (found_inf && *found_inf != 0) return restore(table);
+  const double scale = grad_scale ? *grad_scale : 1;
   for (const Row& row : table)
     if (row.step) *row.step += 1;
   with_base(base, [&](auto b) {
@@ -313,7 +319,7 @@ void restore_step(const Table& table, int base, const double* hyper) {
     for_chunks(table, [&](const Chunk& c, int64_t, bool stream) __attribute__((always_inline)) {
       const Row& row = table[c.row];
       with_dtype(row.dtype, [&](auto t) __attribute__((always_inline)) {
-        restore_step_chunk<decltype(t), Base>(row, c, hyper + row.group * Base::hypers, steps[c.row], stream);
+        restore_step_chunk<decltype(t), Base>(row, c, hyper + row.group * Base::hypers, steps[c.row], scale, stream);
       });
     });
   });

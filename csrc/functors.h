@@ -60,17 +60,17 @@ struct SgdBase {
 
   template <class A>
   struct Update {
-    A lr, weight_decay, sign, momentum, undamped;
+    A lr, weight_decay, gain, momentum, undamped;
     bool nesterov;
-    SAM_FN Update(const double* h, const Step&)
+    SAM_FN Update(const double* h, const Step&, double grad_scale)
         : lr(static_cast<A>(h[0])),
           weight_decay(static_cast<A>(h[1])),
-          sign(static_cast<A>(h[2] != 0 ? -1 : 1)),
+          gain(static_cast<A>((h[2] != 0 ? -1 : 1) / grad_scale)),
           momentum(static_cast<A>(h[3])),
           undamped(static_cast<A>(1 - h[4])),
           nesterov(h[5] != 0) {}
     SAM_FN void operator()(A& w, A g, A* state) const {
-      g = sign * g;
+      g = gain * g;
       if (weight_decay != 0) g += weight_decay * w;
       if constexpr (kMomentum) {
         state[0] = momentum * state[0] + undamped * g;
@@ -99,14 +99,14 @@ struct AdamBase {
 
   template <class A>
   struct Update {
-    A decay, weight_decay, sign, lerp, beta2, one_minus_beta2, eps, step_size, inv_sqrt_correction2;
+    A decay, weight_decay, gain, lerp, beta2, one_minus_beta2, eps, step_size, inv_sqrt_correction2;
     bool from_avg;
-    SAM_FN Update(const double* h, const Step& step) {
+    SAM_FN Update(const double* h, const Step& step, double grad_scale) {
       const double lr = h[0], beta1 = h[3], b2 = h[4];
       const bool decoupled = h[6] != 0;
       decay = static_cast<A>(decoupled ? 1 - lr * h[1] : 1);
       weight_decay = static_cast<A>(decoupled ? 0 : h[1]);
-      sign = static_cast<A>(h[2] != 0 ? -1 : 1);
+      gain = static_cast<A>((h[2] != 0 ? -1 : 1) / grad_scale);
       from_avg = 1 - beta1 < 0.5;
       lerp = static_cast<A>(from_avg ? 1 - beta1 : -beta1);
       beta2 = static_cast<A>(b2);
@@ -116,7 +116,7 @@ struct AdamBase {
       inv_sqrt_correction2 = static_cast<A>(1 / step.sqrt_correction2);
     }
     SAM_FN void operator()(A& w, A g, A* state) const {
-      g = sign * g;
+      g = gain * g;
       w *= decay;
       if (weight_decay != 0) g += weight_decay * w;
       // exp_avg = beta1 exp_avg + (1 - beta1) g, from the nearer end, as torch.lerp does

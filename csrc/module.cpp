@@ -8,6 +8,7 @@
 #include "ops.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace {
 
@@ -52,12 +53,13 @@ void restore_(const py::list& params, const py::list& backups) {
 }
 
 void restore_step_(const std::string& base, const py::list& params, const py::list& grads, const py::list& backups,
-                   const py::list& state, const py::list& steps, const at::Tensor& hyper, const py::list& group_sizes) {
+                   const py::list& state, const py::list& steps, const at::Tensor& hyper, const py::list& group_sizes,
+                   const sam::Scalar& grad_scale, const sam::Scalar& found_inf) {
   const auto p = refs(params, "params"), g = refs(grads, "grads"), b = refs(backups, "backups", true),
              s = refs(state, "state"), t = refs(steps, "steps");
   const auto sizes = sizes_of(group_sizes);
   const py::gil_scoped_release no_gil;
-  sam::restore_step_(base, p, g, b, s, t, hyper, sizes);
+  sam::restore_step_(base, p, g, b, s, t, hyper, sizes, grad_scale, found_inf);
 }
 
 // The gradients, of all parameters of all groups, that are not None, and a hash of what a cached list depends on: the
@@ -91,11 +93,14 @@ py::tuple gather(const py::list& groups) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "sam_fused's compiled part. Importing it registers torch.ops.sam_fused, whose operators it has too.";
-  m.def("grad_sq_norm", torch::wrap_pybind_function(grad_sq_norm));
-  m.def("sharpness_", torch::wrap_pybind_function(sam::sharpness_));
-  m.def("perturb_", torch::wrap_pybind_function(perturb_));
-  m.def("restore_", torch::wrap_pybind_function(restore_));
-  m.def("restore_step_", torch::wrap_pybind_function(restore_step_));
+  m.def("grad_sq_norm", torch::wrap_pybind_function(grad_sq_norm), "params"_a, "grads"_a, "ascent"_a, "group_sizes"_a);
+  m.def("sharpness_", torch::wrap_pybind_function(sam::sharpness_), "sq_norms"_a, "ascent"_a, "total"_a,
+        "grad_scale"_a = py::none());
+  m.def("perturb_", torch::wrap_pybind_function(perturb_), "params"_a, "grads"_a, "backups"_a, "grad_norm"_a,
+        "ascent"_a, "group_sizes"_a);
+  m.def("restore_", torch::wrap_pybind_function(restore_), "params"_a, "backups"_a);
+  m.def("restore_step_", torch::wrap_pybind_function(restore_step_), "base"_a, "params"_a, "grads"_a, "backups"_a,
+        "state"_a, "steps"_a, "hyper"_a, "group_sizes"_a, "grad_scale"_a = py::none(), "found_inf"_a = py::none());
   m.def("gather", torch::wrap_pybind_function(gather));
   m.def("cpu_isa", &sam::cpu_isa);
   m.def("set_cpu_isa", [](const std::string& name) {

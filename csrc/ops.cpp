@@ -74,6 +74,15 @@ double* check_doubles(const Tensor& t, const char* name, int64_t numel, const at
   return t.data_ptr<double>();
 }
 
+// Null if it is not given.
+const float* check_scalar(const Scalar& t, const char* name, const at::Device& device) {
+  if (!t.has_value()) return nullptr;
+  TORCH_CHECK(t->scalar_type() == at::kFloat && t->numel() == 1 && t->device() == device, name,
+              ": expected one float32 element on ", device, ", got ", t->scalar_type(), " of shape ", t->sizes(),
+              " on ", t->device());
+  return static_cast<const float*>(t->const_data_ptr());
+}
+
 // ---- tables ----
 
 // Builds the rows of a table. Kernels see one dense layout a row: the parameter's own, or for a parameter that has
@@ -212,13 +221,14 @@ Tensor grad_sq_norm(const Refs& params, const Refs& grads, const Tensor& ascent,
   return out;
 }
 
-Tensor sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Tensor& total) {
+Tensor sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Tensor& total, const Scalar& grad_scale) {
   const int64_t n = sq_norms.numel();
   const double* squares = check_doubles(sq_norms, "sq_norms", n, sq_norms.device());
   const Ascent* groups = check_ascent(ascent, n);
   double* const sum = check_doubles(total, "total", 2, sq_norms.device());
-  Tensor out = at::empty({2}, sq_norms.options());
-  backend_of(sq_norms).sharpness(squares, groups, n, sum, out.data_ptr<double>());
+  const float* scale = check_scalar(grad_scale, "grad_scale", sq_norms.device());
+  Tensor out = at::empty({3}, sq_norms.options());
+  backend_of(sq_norms).sharpness(squares, groups, n, scale, sum, out.data_ptr<double>());
   bump_versions({&total});
   return out;
 }
@@ -245,7 +255,8 @@ void restore_(const Refs& params, const Refs& backups) {
 }
 
 void restore_step_(std::string_view base, const Refs& params, const Refs& grads, const Refs& backups, const Refs& state,
-                   const Refs& steps, const Tensor& hyper, Sizes group_sizes) {
+                   const Refs& steps, const Tensor& hyper, Sizes group_sizes, const Scalar& grad_scale,
+                   const Scalar& found_inf) {
   const int index = find_base(base);
   Rows rows(params, group_sizes);
   rows.grads(grads);
@@ -256,7 +267,10 @@ void restore_step_(std::string_view base, const Refs& params, const Refs& grads,
     if (b.counts_steps) rows.steps(steps);
     values = check_rows(hyper, "hyper", static_cast<int64_t>(group_sizes.size()), b.hypers);
   });
-  backend_of(*params[0]).restore_step(rows.table(), index, values);
+  const at::Device device = params[0]->device();
+  const float* scale = check_scalar(grad_scale, "grad_scale", device);
+  const float* skip = check_scalar(found_inf, "found_inf", device);
+  backend_of(*params[0]).restore_step(rows.table(), index, values, scale, skip);
   rows.finish();
   bump_versions(params);
   bump_versions(state);
@@ -291,10 +305,11 @@ struct Eager {
   }
   static void restore_(const List& params, const List& backups) { sam::restore_(refs(params), refs(backups)); }
   static void restore_step_(c10::string_view base, const List& params, const List& grads, const OptionalList& backups,
-                            const List& state, const List& steps, const Tensor& hyper, Sizes sizes) {
+                            const List& state, const List& steps, const Tensor& hyper, Sizes sizes,
+                            const Scalar& grad_scale, const Scalar& found_inf) {
     const std::vector<std::optional<Tensor>> held = backups.vec();
     sam::restore_step_({base.data(), base.size()}, refs(params), refs(grads), refs(held), refs(state), refs(steps),
-                       hyper, sizes);
+                       hyper, sizes, grad_scale, found_inf);
   }
 };
 
@@ -303,13 +318,13 @@ struct Meta {
   static Tensor grad_sq_norm(const List& params, const List&, const Tensor&, Sizes group_sizes) {
     return at::empty({static_cast<int64_t>(group_sizes.size())}, params[0].options().dtype(at::kDouble));
   }
-  static Tensor sharpness_(const Tensor& sq_norms, const Tensor&, const Tensor&) {
-    return at::empty({2}, sq_norms.options());
+  static Tensor sharpness_(const Tensor& sq_norms, const Tensor&, const Tensor&, const Scalar&) {
+    return at::empty({3}, sq_norms.options());
   }
   static void perturb_(const List&, const List&, const List&, const Tensor&, const Tensor&, Sizes) {}
   static void restore_(const List&, const List&) {}
   static void restore_step_(c10::string_view, const List&, const List&, const OptionalList&, const List&, const List&,
-                            const Tensor&, Sizes) {}
+                            const Tensor&, Sizes, const Scalar&, const Scalar&) {}
 };
 
 }  // namespace
@@ -318,14 +333,15 @@ struct Meta {
 // `ascent` or `hyper` (ops.h).
 TORCH_LIBRARY(sam_fused, m) {
   m.def("grad_sq_norm(Tensor[] params, Tensor[] grads, Tensor ascent, int[] group_sizes) -> Tensor");
-  m.def("sharpness_(Tensor sq_norms, Tensor ascent, Tensor(a!) total) -> Tensor");
+  m.def("sharpness_(Tensor sq_norms, Tensor ascent, Tensor(a!) total, Tensor? grad_scale=None) -> Tensor");
   m.def(
       "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backups, Tensor grad_norm, Tensor ascent, "
       "int[] group_sizes) -> ()");
   m.def("restore_(Tensor(a!)[] params, Tensor[] backups) -> ()");
   m.def(
       "restore_step_(str base, Tensor(a!)[] params, Tensor[] grads, Tensor?[] backups, Tensor(b!)[] state, "
-      "Tensor(c!)[] steps, Tensor hyper, int[] group_sizes) -> ()");
+      "Tensor(c!)[] steps, Tensor hyper, int[] group_sizes, Tensor? grad_scale=None, "
+      "Tensor? found_inf=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(sam_fused, CPU, m) {

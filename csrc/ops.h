@@ -3,6 +3,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -12,12 +13,15 @@ namespace sam {
 // optional list nullptr stands for None.
 using Refs = std::vector<const at::Tensor*>;
 using Sizes = at::IntArrayRef;
+using Scalar = std::optional<at::Tensor>;
 
 // Squared norms ||T g||^2 of the groups, float64 [groups]. `ascent` is float64 [groups, 3]: rho, eta, adaptive.
 at::Tensor grad_sq_norm(const Refs& params, const Refs& grads, const at::Tensor& ascent, Sizes group_sizes);
 
-// {grad_norm, sharpness}, float64 [2]; a finite sharpness is added to `total`, float64 {sum, count}.
-at::Tensor sharpness_(const at::Tensor& sq_norms, const at::Tensor& ascent, const at::Tensor& total);
+// {grad_norm, sharpness, norm}, float64 [3]: the first two divided by `grad_scale` (float32, one element) if it is
+// given, the last of the gradients as they are. A finite sharpness is added to `total`, float64 {sum, count}.
+at::Tensor sharpness_(const at::Tensor& sq_norms, const at::Tensor& ascent, const at::Tensor& total,
+                      const Scalar& grad_scale);
 
 // Saves params to backups and adds rho T^2 g / grad_norm; only saves them where grad_norm is not finite.
 void perturb_(const Refs& params, const Refs& grads, const Refs& backups, const at::Tensor& grad_norm,
@@ -28,8 +32,10 @@ void restore_(const Refs& params, const Refs& backups);
 
 // One step of `base` from the backups (optional, one by one) or from params. `state` is the base's state lists one
 // after the other; `steps` are float32 step counters, which it advances, empty for a base that counts none; `hyper` is
-// float64 [groups, hyper-parameters], in the order of the base's functor.
+// float64 [groups, hyper-parameters], in the order of the base's functor. Gradients are divided by `grad_scale`; where
+// `found_inf` is not 0 the backups are restored and nothing else happens (float32, one element each, on the device).
 void restore_step_(std::string_view base, const Refs& params, const Refs& grads, const Refs& backups, const Refs& state,
-                   const Refs& steps, const at::Tensor& hyper, Sizes group_sizes);
+                   const Refs& steps, const at::Tensor& hyper, Sizes group_sizes, const Scalar& grad_scale,
+                   const Scalar& found_inf);
 
 }  // namespace sam

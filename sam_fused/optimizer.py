@@ -147,6 +147,8 @@ class FusedSAM(SAM):
         adaptive: ASAM, T = abs(w) + eta, element by element.
         eta: ASAM's offset, >= 0.
         model: the module whose BatchNorm running statistics are to move in the first pass only.
+        scaler: the ``torch.amp.GradScaler`` that scales the losses, if there is one: the sharpness is then reported
+            unscaled, and an overflow in the first pass makes it back off too.
         base_kwargs: the base's own options, ``lr`` and the like.
 
     Raises:
@@ -280,14 +282,14 @@ class FusedSAM(SAM):
             sq_norms = torch.cat([self._total.new_empty(0), *(sq.to(self._total.device) for sq in squares)])
             ascents = torch.cat([torch.empty(0, 3, dtype=torch.float64), *(ascent for *_, ascent in calls)])
         self._total = self._total.to(sq_norms.device)
-        self._measured = _C.sharpness_(sq_norms, ascents, self._total)
+        self._measured = _C.sharpness_(sq_norms, ascents, self._total, self._ascent_grad_scale())
         if not perturb:
             return
         self._backup = []
         for lists, g, ascent in calls:
             if not lists.backups:
                 lists.backups = self._backups_of(lists.params)
-            norm = self._measured[0].to(lists.params[0].device)
+            norm = self._measured[2].to(lists.params[0].device)
             _C.perturb_(lists.params, g, lists.backups, norm, ascent, lists.sizes)
             self._backup.append(lists)
         self._backup = plan.ascent  # the same lists; one object a plan, for _match
@@ -296,12 +298,12 @@ class FusedSAM(SAM):
         for lists in self._backup:
             _C.restore_(lists.params, lists.backups)
 
-    def _descend(self) -> None:
+    def _descend(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         plan, grads = self._gather()
         if None in plan.updates:
             if self.perturbed:
                 self._restore()
-            self.base_optimizer.step()
+            self._base_step(grad_scale, found_inf)
             return
         if plan.descent is None or plan.states != len(self.state):
             plan.descent = self._make_descent(plan)
@@ -313,6 +315,7 @@ class FusedSAM(SAM):
             _restore_by_device(*plan.leftover)
         for lists in plan.descent:
             hyper = lists.pack(lists.update.hyper)
+            device = lists.params[0].device
             _C.restore_step_(
                 lists.update.name,
                 lists.params,
@@ -322,6 +325,8 @@ class FusedSAM(SAM):
                 lists.steps,
                 hyper,
                 lists.sizes,
+                None if grad_scale is None else grad_scale.to(device),
+                None if found_inf is None else found_inf.to(device),
             )
         if any(fresh for lists in plan.descent for _, fresh in lists.runs):
             plan.descent = None

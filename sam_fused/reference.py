@@ -91,31 +91,37 @@ class ReferenceSAM(SAM):
         norm = torch.stack([zero, *squares]).sum().sqrt()
         sharpness = sum((group["rho"] * sq / norm for (group, _), sq in zip(ascent, squares, strict=True)), zero)
         sharpness = torch.where(norm == 0, zero, sharpness)
-        self._measured = torch.stack([norm, sharpness])
+        raw, scale = norm, self._ascent_grad_scale()
+        if scale is not None:
+            norm, sharpness = norm / scale, sharpness / scale
+        self._measured = torch.stack([norm, sharpness, raw])
         if sharpness.isfinite():
             self._total += torch.stack([sharpness, torch.ones_like(sharpness)])
         if not perturb:
             return
         self._backup = [(p, p.clone()) for _, p in ascent]
-        if not norm.isfinite():
+        if not raw.isfinite():
             return
         for group, p in ascent:
             w, g = _wide(p), _wide(p.grad)
             t = _ascent_scale(w, group)
-            p.copy_(w + group["rho"] / (norm.item() + 1e-12) * t * t * g)
+            p.copy_(w + group["rho"] / (raw.item() + 1e-12) * t * t * g)
 
     def _restore(self) -> None:
         for p, backup in self._backup:
             p.copy_(backup)
 
-    def _descend(self) -> None:
+    def _descend(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if self.perturbed:
             self._restore()
         update = UPDATES.get(type(self.base_optimizer))
         if update is None:
-            self.base_optimizer.step()
+            self._base_step(grad_scale, found_inf)
             return
+        if found_inf is not None and found_inf.item():
+            return
+        scale = 1.0 if grad_scale is None else grad_scale.item()
         decoupled = isinstance(self.base_optimizer, torch.optim.AdamW)
         for group, p in self._with_grad():
             options = {"decoupled_weight_decay": decoupled, **group, "dtype": p.dtype}
-            p.copy_(update(_wide(p), _wide(p.grad), self.state[p], options))
+            p.copy_(update(_wide(p), _wide(p.grad) / scale, self.state[p], options))

@@ -23,6 +23,9 @@ class SAM(Optimizer):
     ``_restore`` needs; otherwise it is None.
     """
 
+    #: torch.amp.GradScaler.step then leaves unscaling and skipping to step(), in grad_scale and found_inf.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -32,6 +35,7 @@ class SAM(Optimizer):
         adaptive: bool = False,
         eta: float = 0.0,
         model: nn.Module | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         **base_kwargs: Any,
     ) -> None:
         if not (isinstance(base, type) and issubclass(base, Optimizer)):
@@ -39,12 +43,15 @@ class SAM(Optimizer):
         closure = inspect.signature(base.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError(f"base: {base.__name__}.step needs a closure of its own and cannot be a base of SAM")
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self._prepare()
         self._backup: Any = None
         self._frozen: list[nn.Module] = []
         self.model = model
+        self.scaler = scaler
         options = {"rho": rho, "adaptive": adaptive, "eta": eta}
         _check_options(options)
         self.base_optimizer = base(params, **base_kwargs)
@@ -59,7 +66,7 @@ class SAM(Optimizer):
         # base's own (see below), so there is one list and one state.
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **options})
         device = self.param_groups[0]["params"][0].device if self.param_groups[0]["params"] else torch.device("cpu")
-        self._measured = torch.full((2,), math.nan, dtype=torch.float64, device=device)
+        self._measured = torch.full((3,), math.nan, dtype=torch.float64, device=device)
         self._total = torch.zeros(2, dtype=torch.float64, device=device)
 
     # ---- what a subclass brings ----
@@ -68,15 +75,22 @@ class SAM(Optimizer):
         """Set up the subclass; called before anything else, and again after unpickling."""
 
     def _ascend(self, perturb: bool) -> None:
-        """Measure the gradient norm and the sharpness (``_measured``, ``_total``); if asked, perturb the weights."""
+        """Measure (``_measured``, ``_total``) and, if asked, perturb the weights.
+
+        ``_measured`` is the gradient norm, the sharpness, and the norm of the gradients as they are, which a scaler may
+        have multiplied.
+        """
         raise NotImplementedError
 
     def _restore(self) -> None:
         """Copy the backup to the weights."""
         raise NotImplementedError
 
-    def _descend(self) -> None:
-        """Update by the base from the restored weights, with the present gradients."""
+    def _descend(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Update by the base from the restored weights, with the present gradients over ``grad_scale``.
+
+        Where ``found_inf`` is not 0, restore the weights and do no more.
+        """
         raise NotImplementedError
 
     # ---- one parameter-group list and one state, the base's ----
@@ -123,11 +137,12 @@ class SAM(Optimizer):
 
         Without a closure: restores the weights if :meth:`first_step` has perturbed them, then updates them by the base
         optimizer with the present gradients. Without ``first_step`` before it, this is the base optimizer's own step.
+
+        With a GradScaler, call ``scaler.step(opt)`` in its place. With a closure and ``scaler=`` given, call this: it
+        does so itself after the second call of the closure, which scales its loss. ``scaler.update()`` is yours.
         """
         if closure is None:
-            self._descend()
-            self._settle()
-            self.base_optimizer._opt_called = True  # what a scheduler that was given the base asks for
+            self._finish()
             return None
         self._check_not_perturbed("step(closure)")
         with torch.enable_grad():
@@ -136,13 +151,47 @@ class SAM(Optimizer):
         try:
             with torch.enable_grad():
                 closure()
-            self._descend()
+            if self.scaler is None:
+                self._finish()
+            else:
+                self.scaler.step(self)
         except BaseException:
             self.restore()
             raise
-        self._settle()
-        self.base_optimizer._opt_called = True
         return loss
+
+    def _finish(self) -> None:
+        """The second half of a step; a GradScaler has set grad_scale and found_inf on this object."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and self.perturbed:  # an overflow in the first pass counts too
+            overflow = (~self._measured[2].isfinite()).to(found_inf)
+            found_inf = found_inf + overflow
+            if self.scaler is not None:
+                for flag in self.scaler._found_inf_per_device(self).values():
+                    flag.add_(overflow.to(flag.device))
+        self._descend(grad_scale, found_inf)
+        self._settle()
+        self.base_optimizer._opt_called = True  # what a scheduler that was given the base asks for
+
+    def _base_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """The base's own step. Whether to skip it is known on the device alone, so this has to wait for it."""
+        if found_inf is not None and found_inf.item():
+            return
+        if grad_scale is not None:
+            for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                p.grad.div_(grad_scale.to(p.device))
+        self.base_optimizer.step()
+
+    def _ascent_grad_scale(self) -> Tensor | None:
+        """What the scaler has multiplied the present gradients by: float32, one element, on the device."""
+        if self.scaler is None or not self.scaler.is_enabled():
+            return None
+        if self.scaler._per_optimizer_states[id(self)]["stage"].name == "UNSCALED":
+            raise RuntimeError(
+                "scaler.unscale_(opt) was called before the ascent, which needs none: its direction does not depend on "
+                "the scale. Call it between first_step() and scaler.step(opt)"
+            )
+        return self.scaler._get_scale_async()
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -266,7 +315,8 @@ class SAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_perturbed("copying or pickling")
-        return {name: self.__dict__[name] for name in ("base_optimizer", "model", "defaults", "_measured", "_total")}
+        names = ("base_optimizer", "model", "scaler", "defaults", "_measured", "_total")
+        return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base_optimizer" in state:  # unpickled, or a deep copy

@@ -263,6 +263,10 @@ ERRORS = [
      r"steps\[1\]: expected one float32 element.*Long"),
     ("restore_step_", change(hyper=rows([1.0], [1.0])), RuntimeError,
      r"hyper: expected shape \[2, 7\], got \[2, 1\]"),
+    ("sharpness_", change(grad_scale=rows(1.0)), RuntimeError,
+     r"grad_scale: expected one float32 element on cpu, got Double"),
+    ("restore_step_", change(found_inf=torch.zeros(2)), RuntimeError,
+     r"found_inf: expected one float32 element on cpu, got Float of shape \[2\]"),
 ]  # fmt: skip
 
 
@@ -274,7 +278,7 @@ def test_errors(op, alter, error, message, front):
         return  # torch.ops chooses another kernel for such a list
     before = [t.clone() for t in args["params"] if t.numel()] if op != "sharpness_" else []
     with pytest.raises(error, match=message):
-        getattr(front, op)(*args.values())
+        getattr(front, op)(**args)
     assert all(torch.equal(a, b) for a, b in zip(args.get("params", []), before, strict=False))
 
 

@@ -1,0 +1,199 @@
+"""torch.amp.GradScaler: the ascent needs no unscale, scaler.step does the second half, an overflow skips it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sam_fused import FusedSAM, ReferenceSAM
+from tests.cases import BASES, assert_near, assert_same_state, awkward, clones, set_grads
+
+both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
+bases = pytest.mark.parametrize("base", ["sgd_dampening", "adam_amsgrad", "adamw", "rmsprop"])
+SCALE = 2.0**10
+
+
+def scaler(**options) -> torch.amp.GradScaler:
+    s = torch.amp.GradScaler("cpu", init_scale=SCALE, **options)
+    s.scale(torch.zeros(1))  # which makes the scale tensor
+    return s
+
+
+def set_scaled(params, seed: int, scale: float = SCALE) -> None:
+    set_grads(params, seed)
+    for p in params:
+        p.grad.mul_(scale)
+
+
+@both
+@bases
+def test_the_same_steps_as_without(base, cls):
+    """A power of two scales without rounding."""
+    base_cls, options = BASES[base]
+    mine = awkward(torch.float64)
+    theirs = clones(mine)
+    amp = scaler()
+    opt, plain = cls(mine, base_cls, scaler=amp, **options), cls(theirs, base_cls, **options)
+    for step in range(6):
+        set_scaled(mine, 2 * step)
+        set_grads(theirs, 2 * step)
+        opt.first_step(zero_grad=True)
+        plain.first_step()
+        assert_near(opt.sharpness, plain.sharpness, 1e-12, "sharpness is reported unscaled")
+        assert_near(opt.grad_norm, plain.grad_norm, 1e-12, "norm")
+        for p, q in zip(mine, theirs, strict=True):
+            assert_near(p.detach(), q.detach(), 1e-12, "the ascent does not depend on the scale")
+        set_scaled(mine, 2 * step + 1)
+        set_grads(theirs, 2 * step + 1)
+        amp.step(opt)
+        amp.update()
+        plain.second_step()
+        assert not opt.perturbed
+        assert_same_state(opt, plain, 1e-12, f"step {step}")
+    assert_near(opt.mean_sharpness(), plain.mean_sharpness(), 1e-12, "mean")
+
+
+@both
+@bases
+@pytest.mark.parametrize("when", [{1}, {2}, {1, 2}])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_an_overflow_restores_and_skips_and_backs_off(base, cls, when, value):
+    base_cls, options = BASES[base]
+    params = awkward(torch.float32)
+    amp = scaler()
+    opt = cls(params, base_cls, scaler=amp, rho=0.5, **options)
+    for step in range(2):  # the base has a state
+        set_scaled(params, step)
+        opt.first_step()
+        amp.step(opt)
+        amp.update()
+    before = [p.detach().clone() for p in params]
+    state = {i: {k: torch.as_tensor(v).clone() for k, v in opt.state[p].items()} for i, p in enumerate(params)}
+    scale = amp.get_scale()
+    for half in (1, 2):
+        set_scaled(params, half, amp.get_scale())
+        if half in when:
+            params[0].grad[1, 2] = value
+        opt.first_step() if half == 1 else amp.step(opt)
+    amp.update()
+    assert amp.get_scale() == scale / 2
+    assert not opt.perturbed
+    for i, p in enumerate(params):
+        assert torch.equal(p, before[i])
+        for key, held in state[i].items():
+            assert torch.equal(torch.as_tensor(opt.state[p][key]), held), key
+    set_scaled(params, 3, amp.get_scale())  # and it goes on
+    opt.first_step()
+    amp.step(opt)
+    assert not torch.equal(params[0], before[0])
+
+
+@both
+def test_without_the_scaler_given_the_second_pass_still_counts(cls):
+    """Only the unscaled sharpness, and the backing off for an overflow in pass 1 alone, need scaler=."""
+    params = awkward(torch.float32)
+    amp = scaler()
+    opt = cls(params, torch.optim.Adam, rho=0.5)
+    before = [p.detach().clone() for p in params]
+    for when in (1, 2):
+        for half in (1, 2):
+            set_scaled(params, half)
+            if half == when:
+                params[0].grad[1, 2] = float("inf")
+            opt.first_step() if half == 1 else amp.step(opt)
+        amp.update()
+        assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert amp.get_scale() == SCALE / 2
+
+
+@both
+def test_unscale_and_clip(cls):
+    mine = awkward(torch.float64)
+    theirs = clones(mine)
+    amp = scaler()
+    opt, plain = cls(mine, torch.optim.Adam, scaler=amp), cls(theirs, torch.optim.Adam)
+    for step in range(3):
+        for o, params, set_ in ((opt, mine, set_scaled), (plain, theirs, set_grads)):
+            set_(params, 2 * step)
+            o.first_step()
+            set_(params, 2 * step + 1)
+        amp.unscale_(opt)
+        for params in (mine, theirs):
+            torch.nn.utils.clip_grad_norm_(params, 0.1)
+        amp.step(opt)
+        amp.update()
+        plain.second_step()
+        assert_same_state(opt, plain, 1e-10, f"step {step}")
+
+
+@both
+def test_unscale_before_the_ascent_is_refused(cls):
+    params = awkward(torch.float32)
+    amp = scaler()
+    opt = cls(params, scaler=amp)
+    set_scaled(params, 0)
+    amp.unscale_(opt)
+    with pytest.raises(RuntimeError, match=r"unscale_\(opt\) was called before the ascent"):
+        opt.first_step()
+    assert not opt.perturbed
+
+
+@both
+@pytest.mark.parametrize("enabled", [True, False])
+def test_closure(cls, enabled):
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(4, 3).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    x = torch.randn(8, 4, dtype=torch.float64)
+    amp = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=enabled)
+    opt = cls(models[0].parameters(), torch.optim.Adam, lr=0.1, scaler=amp)
+    plain = cls(models[1].parameters(), torch.optim.Adam, lr=0.1)
+
+    def closure():
+        opt.zero_grad()
+        loss = models[0](x).square().mean()
+        amp.scale(loss).backward()
+        return loss
+
+    def plain_closure():
+        plain.zero_grad()
+        loss = models[1](x).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        a, b = opt.step(closure), plain.step(plain_closure)
+        amp.update()
+        assert_near(a.detach(), b.detach(), 1e-12, "the loss that the closure returns")
+        assert_near(opt.sharpness, plain.sharpness, 1e-12, "sharpness")
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert_near(p.detach(), q.detach(), 1e-12, "weights")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_trains(dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3))
+    x = torch.randn(64, 10)
+    y = x[:, :3].argmax(1)
+    amp = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # which overflows in float16 at first, and backs off
+    opt = FusedSAM(model.parameters(), torch.optim.Adam, lr=0.02, rho=0.05, scaler=amp)
+    losses = []
+    for _ in range(80):
+        for _ in range(2):
+            opt.zero_grad()
+            with torch.autocast("cpu", dtype):
+                loss = torch.nn.functional.cross_entropy(model(x), y)
+            amp.scale(loss).backward()
+            opt.first_step() if not opt.perturbed else amp.step(opt)
+        amp.update()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert opt.sharpness < 1
+    if dtype == torch.float16:
+        assert amp.get_scale() < 2.0**24
+
+
+def test_not_a_scaler():
+    with pytest.raises(TypeError, match=r"scaler: expected a torch\.amp\.GradScaler, got float"):
+        FusedSAM([torch.nn.Parameter(torch.zeros(2))], scaler=2.0)
