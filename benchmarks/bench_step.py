@@ -10,6 +10,7 @@ alike; a cell is the median over the rounds. Writes step.json, step.md and floor
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -70,13 +71,18 @@ def interleaved(calls: dict[str, Callable[[], object]], seconds: float, rounds: 
         call()
         call()
     start = time.perf_counter()
-    for done in range(rounds[1]):
-        if done >= rounds[0] and time.perf_counter() - start > seconds:
-            break
-        for name, call in calls.items():
-            t = time.perf_counter()
-            call()
-            stats[name].update(time.perf_counter() - t)
+    gc.collect()
+    gc.disable()  # or one rival's garbage is collected in the next one's time
+    try:
+        for done in range(rounds[1]):
+            if done >= rounds[0] and time.perf_counter() - start > seconds:
+                break
+            for name, call in calls.items():
+                t = time.perf_counter()
+                call()
+                stats[name].update(time.perf_counter() - t)
+    finally:
+        gc.enable()
     return stats
 
 
