@@ -64,12 +64,14 @@ def parameters(shapes: list[torch.Size]) -> list[nn.Parameter]:
     return params
 
 
-def interleaved(calls: dict[str, Callable[[], object]], seconds: float, rounds: tuple[int, int]) -> dict[str, Stats]:
+def interleaved(
+    calls: dict[str, Callable[[], object]], seconds: float, rounds: tuple[int, int], warm_up: int = 2
+) -> dict[str, Stats]:
     """Time the calls in turn: at least and at most ``rounds`` rounds, and none begins after ``seconds``."""
     stats = {name: Stats() for name in calls}
-    for call in calls.values():  # warm up: states, caches, cached lists
-        call()
-        call()
+    for call in calls.values():  # states, caches, cached lists
+        for _ in range(warm_up):
+            call()
     start = time.perf_counter()
     gc.collect()
     gc.disable()  # or one rival's garbage is collected in the next one's time
@@ -208,6 +210,7 @@ def plot_floor(results: list[dict], path: Path) -> None:
     names = [f"{'ASAM' if r['adaptive'] else 'SAM'} + {r['base']}, {r['threads']} thr." for r in bars]
     kinds, lists = list(dict.fromkeys(names)), list(dict.fromkeys(r["list"] for r in bars))
     figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for k, kind in enumerate(kinds):
         of_kind = [(r, lists.index(r["list"])) for r, name in zip(bars, names, strict=True) if name == kind]
         x = [i + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for _, i in of_kind]

@@ -112,7 +112,7 @@ def pipelines(n: int = 5120) -> dict[str, Callable[[], object]]:
 
 def network(arch: str, width: int, args: argparse.Namespace) -> dict:
     calls = variants(arch, width)
-    stats = interleaved(calls, args.seconds, (3, 30))
+    stats = interleaved(calls, args.seconds, (3, 30), warm_up=1)
     step = {n: s.median / (2 if "sam-every" in n else 1) for n, s in stats.items()}
     return {
         "arch": arch,
