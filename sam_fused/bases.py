@@ -37,32 +37,15 @@ class Update:
 def _sgd_hyper(group: Group, fresh: bool) -> tuple[float, ...]:
     # torch.optim.SGD starts the momentum buffer from the whole gradient, not from the dampened one.
     dampening = 0.0 if fresh else group["dampening"]
-    return tuple(
-        float(x)
-        for x in (
-            group["lr"],
-            group["weight_decay"],
-            group["maximize"],
-            group["momentum"],
-            dampening,
-            group["nesterov"],
-        )
-    )
+    keys = ("lr", "weight_decay", "maximize", "momentum")
+    return (*(float(group[key]) for key in keys), float(dampening), float(group["nesterov"]))
 
 
 def _adam_hyper(decoupled: bool) -> Callable[[Group, bool], tuple[float, ...]]:
     def hyper(group: Group, fresh: bool) -> tuple[float, ...]:
-        return tuple(
-            float(x)
-            for x in (
-                group["lr"],
-                group["weight_decay"],
-                group["maximize"],
-                *group["betas"],
-                group["eps"],
-                group.get("decoupled_weight_decay", decoupled),
-            )
-        )
+        decay = group.get("decoupled_weight_decay", decoupled)
+        values = (group["lr"], group["weight_decay"], group["maximize"], *group["betas"], group["eps"], decay)
+        return tuple(map(float, values))
 
     return hyper
 
