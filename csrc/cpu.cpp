@@ -211,11 +211,10 @@ SAM_FN void with_dtype(DType dtype, F&& f) {
   }
 }
 
-// Runs f(chunk, i, stream) over all chunks of the table, in parallel over one flat list of them. Threads take the next
+// Runs f(chunk, i, stream) over all chunks of a table, in parallel over one flat list of them. Threads take the next
 // few whenever they are done, so that a slow one does not keep the others waiting.
 template <class F>
-std::vector<Chunk> for_chunks(const Table& table, const F& f) {
-  const std::vector<Chunk> chunks = chunks_of(table, kChunk);
+void for_chunks(const Table& table, const std::vector<Chunk>& chunks, const F& f) {
   int64_t elements = 0, bytes = 0;
   for (const Row& row : table) {
     elements += row.numel;
@@ -231,9 +230,7 @@ std::vector<Chunk> for_chunks(const Table& table, const F& f) {
     for (int64_t begin; (begin = next.fetch_add(batch, std::memory_order_relaxed)) < n;)
       run(
           [&](int64_t b, int64_t e) __attribute__((always_inline)) {
-            for (int64_t k = b; k < e; ++k) {
-              f(data[k], k, stream);
-            }
+            for (int64_t i = b; i < e; ++i) f(data[i], i, stream);
           },
           begin, std::min(begin + batch, n));
     if (stream) end_stream();
@@ -242,16 +239,18 @@ std::vector<Chunk> for_chunks(const Table& table, const F& f) {
     work(0, 1);
   else
     at::parallel_for(0, threads, 1, work);
-  return chunks;
+}
+
+template <class F>
+void for_chunks(const Table& table, const F& f) {
+  for_chunks(table, chunks_of(table, kChunk), f);
 }
 
 void grad_sq_norm(const Table& table, const Ascent* groups, int64_t n_groups, double* sq_norms) {
-  std::vector<double> partial;
-  int64_t n = 0;
-  for (const Row& row : table) n += (row.numel + kChunk - 1) / kChunk;
-  partial.resize(n);
+  const std::vector<Chunk> chunks = chunks_of(table, kChunk);
+  std::vector<double> partial(chunks.size());
   double* const out = partial.data();
-  const auto chunks = for_chunks(table, [&](const Chunk& c, int64_t i, bool) __attribute__((always_inline)) {
+  for_chunks(table, chunks, [&](const Chunk& c, int64_t i, bool) __attribute__((always_inline)) {
     const Row& row = table[c.row];
     const Ascent& a = groups[row.group];
     with_dtype(row.dtype, [&](auto t) __attribute__((always_inline)) {
