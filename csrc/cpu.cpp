@@ -108,12 +108,11 @@ typedef double Lanes __attribute__((vector_size(32)));  // four doubles, on any 
 // Adds the squares of x[0..n) to 32 sums, x[i] to sum i % 32.
 template <class A>
 SAM_FN void add_squares(Lanes (&sums)[8], const A* x, int n) {
-  typedef A In __attribute__((vector_size(4 * sizeof(A))));
   for (; n >= 32; n -= 32, x += 32)
     for (int k = 0; k < 8; ++k) {
-      In in;
-      memcpy(&in, x + 4 * k, sizeof in);
-      const Lanes wide = __builtin_convertvector(in, Lanes);
+      const A* in = x + 4 * k;
+      // One conversion of four; g++ makes two halves of __builtin_convertvector.
+      const Lanes wide = {double(in[0]), double(in[1]), double(in[2]), double(in[3])};
       sums[k] += wide * wide;
     }
   for (int i = 0; i < n; ++i) sums[i / 4][i % 4] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
@@ -127,12 +126,12 @@ SAM_FN double sq_norm_chunk(const Row& row, const Chunk& c, const Ascent& ascent
   const T* g = at<const T>(row.grad, c.begin);
   Lanes sums[8] = {};
   alignas(64) A scaled[kBlock];
-  for (int b = 0; b < c.size; b += kBlock) {
-    const int n = std::min(kBlock, c.size - b);
+  for (int left = c.size; left > 0; left -= kBlock, w += kBlock, g += kBlock) {
+    const int n = std::min(kBlock, left);
     if constexpr (std::is_same_v<T, A> && !kAdaptive) {
-      add_squares(sums, g + b, n);
+      add_squares(sums, g, n);
     } else {
-      for (int i = 0; i < n; ++i) scaled[i] = ascend.scaled(load(w[b + i]), load(g[b + i]));
+      for (int i = 0; i < n; ++i) scaled[i] = ascend.scaled(load(w[i]), load(g[i]));
       add_squares(sums, scaled, n);
     }
   }
