@@ -18,7 +18,7 @@ demo: build
 test: build
 	$(BIN)/python -m pytest
 
-# A quarter of an hour on two cores; leave the machine alone meanwhile.
+# Some ten minutes on two cores; leave the machine alone meanwhile.
 bench: build
 	$(BIN)/python benchmarks/bench_step.py --out $(RESULTS)
 	$(BIN)/python benchmarks/bench_train.py --out $(RESULTS)

@@ -465,7 +465,7 @@ def set_random_states(states: dict[str, Any], generator: torch.Generator) -> Non
     generator.set_state(states["data"])
 
 
-def environment(s: Settings) -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     from sam_fused import _C
 
     cpu = platform.processor() or platform.machine()
@@ -480,7 +480,7 @@ def environment(s: Settings) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "instruction_set": _C.cpu_isa(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if s.device.startswith("cuda") else None,
+        "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
     }
 
 
@@ -504,7 +504,7 @@ def open_run(s: Settings, resume: bool) -> dict[str, Any] | None:
                 raise RunError(f"--resume: {out} was run with {name} = {held.get(name)!r}, not {value!r}")
     else:
         out.mkdir(parents=True, exist_ok=True)
-    save(config, json.dumps({"settings": settings, "environment": environment(s)}, indent=2) + "\n")
+    save(config, json.dumps({"settings": settings, "environment": environment(s.device)}, indent=2) + "\n")
     return torch.load(checkpoint, weights_only=True, map_location=s.device) if resume and checkpoint.exists() else None
 
 

@@ -62,7 +62,7 @@ def main() -> None:
         for tensors, numel in tqdm(sizes, desc=name, disable=None):
             size = tensors * numel if name == "parameters" else tensors
             results[name].append({"size": size, "ms": measure(tensors, numel, args.seconds)})
-    content = {"environment": environment(), "threads": torch.get_num_threads(), **results}
+    content = {"environment": environment(), **results}
     (args.out / "scaling.json").write_text(json.dumps(content, indent=1))
     plot(results, args.out / "scaling.png")
     for name, rows in results.items():

@@ -3,8 +3,8 @@
     python benchmarks/bench_step.py                                          # everything
     python benchmarks/bench_step.py --lists resnet18 --bases adam --threads 2
 
-All rivals run in one process, one after the other in every round, so that what else the machine does meets them
-alike; a cell is the median over the rounds. Writes step.json, step.md and floor.png to --out.
+All rivals run in one process, one after the other in every round and in another order each time, so that what else the
+machine does meets them alike; a cell is the median over the rounds. Writes step.json, step.md and floor.png to --out.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
-from sam_fused import _C, FusedSAM
+from sam_fused import FusedSAM
 
 # ---- parameter lists ----
 
@@ -67,8 +66,13 @@ def parameters(shapes: list[torch.Size]) -> list[nn.Parameter]:
 def interleaved(
     calls: dict[str, Callable[[], object]], seconds: float, rounds: tuple[int, int], warm_up: int = 2
 ) -> dict[str, Stats]:
-    """Time the calls in turn: at least and at most ``rounds`` rounds, and none begins after ``seconds``."""
+    """Time each call once a round: at least and at most ``rounds`` rounds, and none begins after ``seconds``.
+
+    Every round has an order of its own: what a call leaves in the caches then meets all the others alike.
+    """
     stats = {name: Stats() for name in calls}
+    order = list(calls.items())
+    shuffle = random.Random(0).shuffle
     for call in calls.values():  # states, caches, cached lists
         for _ in range(warm_up):
             call()
@@ -79,7 +83,8 @@ def interleaved(
         for done in range(rounds[1]):
             if done >= rounds[0] and time.perf_counter() - start > seconds:
                 break
-            for name, call in calls.items():
+            shuffle(order)
+            for name, call in order:
                 t = time.perf_counter()
                 call()
                 stats[name].update(time.perf_counter() - t)
@@ -144,19 +149,12 @@ def run(name: str, base: str, adaptive: bool, threads: int, args: argparse.Names
 # ---- reporting ----
 
 
-def environment() -> dict[str, str]:
-    cpu = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-    return {
-        "cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(),
-        "cores": str(os.cpu_count()),
-        "instruction set": _C.cpu_isa(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pytorch_optimizer": version("pytorch_optimizer"),
-    }
+def environment() -> dict[str, object]:
+    env = {**train.environment(), "pytorch_optimizer": version("pytorch_optimizer")}
+    return {k: v for k, v in env.items() if v is not None}
 
 
-def markdown(results: list[dict], env: dict[str, str]) -> str:
+def markdown(results: list[dict], env: dict[str, object]) -> str:
     out = [", ".join(f"{k} {v}" for k, v in env.items()), ""]
     names = ["pytorch_optimizer SAM", "pytorch_optimizer SAM, fused=True", "foreach + fused base", "ReferenceSAM"]
     out += [
@@ -243,11 +241,11 @@ def main() -> None:
         for kind in args.kinds
         for threads in args.threads
     ]
-    results = []
+    results, env = [], environment()
     for config in tqdm(plan, disable=None):
         results.append(run(*config, args))
-        (args.out / "step.json").write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
-        (args.out / "step.md").write_text(markdown(results, environment()))
+        (args.out / "step.json").write_text(json.dumps({"environment": env, "results": results}, indent=1))
+        (args.out / "step.md").write_text(markdown(results, env))
     plot_floor(results, args.out / "floor.png")
     print((args.out / "step.md").read_text())
 
