@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .bases import Update, native_update
+from .distributed import local, local_like, placed_like, placement, sum_over_shards
 from .sam import SAM
 
 try:
@@ -22,10 +23,17 @@ except ImportError as error:  # FusedSAM raises it where it is constructed
 BUILD_COMMAND = "pip install --no-build-isolation -e ."
 
 
-class _Lists:
-    """Parameters that go into one operator call, in runs of one group each, and what goes with them."""
+_Place = tuple[torch.device, Hashable]  # what the tensors of one operator call share: device, placement on a mesh
 
-    def __init__(self, update: Update | None) -> None:
+
+class _Lists:
+    """Parameters that go into one operator call, in runs of one group each, and what goes with them.
+
+    All have one ``place``. The operators see :meth:`local_params`; backups and state are held as this process's parts.
+    """
+
+    def __init__(self, place: _Place, update: Update | None) -> None:
+        self.device, self.placement = place
         self.update = update
         self.params: list[Tensor] = []
         self.positions: list[int] = []
@@ -45,7 +53,19 @@ class _Lists:
         self.sizes[-1] += 1
 
     def pick(self, grads: list[Tensor]) -> list[Tensor]:
-        return grads if len(grads) == len(self.positions) else [grads[i] for i in self.positions]
+        mine = grads if len(grads) == len(self.positions) else [grads[i] for i in self.positions]
+        if self.placement is None:
+            return mine
+        return [local_like(g, p) for g, p in zip(mine, self.params, strict=True)]
+
+    def local_params(self) -> list[Tensor]:
+        """What this process holds of the parameters; it may lie elsewhere in each step."""
+        return self.params if self.placement is None else [local(p) for p in self.params]
+
+    def mark_changed(self) -> None:
+        """Count up the versions of DTensors; the operators do so for the tensors that they see."""
+        if self.placement is not None:
+            torch.autograd.graph.increment_version(self.params)
 
     def pack(self, row: Callable[[dict[str, Any], bool], tuple[float, ...]]) -> Tensor:
         """One row of float64 values for each run."""
@@ -72,15 +92,12 @@ def _ascent_row(group: dict[str, Any], fresh: bool) -> tuple[float, ...]:
     return float(group["rho"]), float(group["eta"]), float(group["adaptive"])
 
 
-def _lists_for(lists: dict[Hashable, _Lists], key: Hashable, update: Update | None) -> _Lists:
+def _lists_for(lists: dict[Hashable, _Lists], p: Tensor, update: Update | None = None) -> _Lists:
+    place = p.device, placement(p)
+    key = place, update
     if key not in lists:
-        lists[key] = _Lists(update)
+        lists[key] = _Lists(place, update)
     return lists[key]
-
-
-def _place(p: Tensor) -> Hashable:
-    """What tensors of one operator call share."""
-    return p.device
 
 
 def _dense_strides(p: Tensor) -> tuple[int, ...]:
@@ -90,17 +107,16 @@ def _dense_strides(p: Tensor) -> tuple[int, ...]:
 
 def _laid_out_like(t: Tensor | None, p: Tensor) -> bool:
     """Whether the extension can use ``t`` as it is beside ``p``: same dtype, device, shape and dense strides."""
-    return (
-        t is not None
-        and t.dtype == p.dtype
-        and t.device == p.device
-        and t.shape == p.shape
-        and t.stride() == _dense_strides(p)
-    )
+    if t is None:
+        return False
+    t, p = local(t), local(p)
+    return t.dtype == p.dtype and t.device == p.device and t.shape == p.shape and t.stride() == _dense_strides(p)
 
 
 def _pooled(params: list[Tensor], stream: int) -> list[Tensor]:
-    """Zeros in the dtype, device and dense layout of each parameter, views of one storage for each dtype and device.
+    """Zeros in the dtype, device and dense layout of each parameter (of what this process holds of it).
+
+    They are views of one storage for each dtype and device.
 
     An operator call then walks through one run of memory: with a thousand small tensors, the misses of a thousand
     scattered ones cost more than the arithmetic. ``stream`` is a small number that differs among the pools that one
@@ -109,6 +125,7 @@ def _pooled(params: list[Tensor], stream: int) -> list[Tensor]:
     """
     sizes: dict[Hashable, int] = defaultdict(int)
     offsets = []
+    params = [local(p) for p in params]
     for p in params:
         key = (p.dtype, p.device)
         line = (64 if p.nbytes >= 4096 else 16) // p.itemsize  # a cache line, or what non-temporal stores need
@@ -204,7 +221,7 @@ class FusedSAM(SAM):
         lists: dict[Hashable, _Lists] = {}
         for position, (group, p) in enumerate(plan.active):
             if group["rho"] > 0:
-                _lists_for(lists, _place(p), None).append(position, p, group)
+                _lists_for(lists, p).append(position, p, group)
         plan.ascent = list(lists.values())
         return plan
 
@@ -213,12 +230,12 @@ class FusedSAM(SAM):
         fresh = self._make_state(plan)
         lists: dict[Hashable, _Lists] = {}
         for position, ((group, p), update) in enumerate(zip(plan.active, plan.updates, strict=True)):
-            to = _lists_for(lists, (_place(p), update), update)
+            to = _lists_for(lists, p, update)
             to.append(position, p, group, id(p) in fresh)
             if update.counts_steps:
                 to.steps.append(self.state[p]["step"])
         for to in lists.values():
-            to.state = [self.state[p][key] for key in to.update.state for p in to.params]
+            to.state = [local(self.state[p][key]) for key in to.update.state for p in to.params]
         return list(lists.values())
 
     def _make_state(self, plan: _Plan) -> set[int]:
@@ -228,7 +245,7 @@ class FusedSAM(SAM):
         for (_, p), update in zip(plan.active, plan.updates, strict=True):
             state = self.state[p] if update.state else {}
             for key in update.state:
-                if not _laid_out_like(state.get(key), p):
+                if not _laid_out_like(state.get(key), p) or placement(state[key]) != placement(p):
                     wanted[key].append(p)
             step = state.get("step")
             if update.counts_steps and not (
@@ -238,7 +255,7 @@ class FusedSAM(SAM):
         fresh, replaced = set(), False
         for stream, (key, params) in enumerate(sorted(wanted.items()), start=2):
             for p, new in zip(params, _pooled(params, stream), strict=True):
-                old = self.state[p].get(key)
+                old, new = self.state[p].get(key), placed_like(new, p)
                 if old is None:
                     fresh.add(id(p))
                 else:
@@ -270,12 +287,16 @@ class FusedSAM(SAM):
             self._backups[p] = new
         return [self._backups[p] for p in params]
 
-    # ---- the arithmetic ----
+    # ---- the arithmetic; torch.compile leaves it as it is, as it does torch.optim's own loading and adding ----
 
+    @torch._disable_dynamo
     def _ascend(self, perturb: bool) -> None:
         plan, grads = self._gather()
         calls = [(lists, lists.pick(grads), lists.pack(_ascent_row)) for lists in plan.ascent]
-        squares = [_C.grad_sq_norm(lists.params, g, ascent, lists.sizes) for lists, g, ascent in calls]
+        squares = [
+            sum_over_shards(_C.grad_sq_norm(lists.local_params(), g, ascent, lists.sizes), lists.placement)
+            for lists, g, ascent in calls
+        ]
         if len(calls) == 1:
             sq_norms, ascents = squares[0], calls[0][2]
         else:
@@ -289,15 +310,19 @@ class FusedSAM(SAM):
         for lists, g, ascent in calls:
             if not lists.backups:
                 lists.backups = self._backups_of(lists.params)
-            norm = self._measured[2].to(lists.params[0].device)
-            _C.perturb_(lists.params, g, lists.backups, norm, ascent, lists.sizes)
+            norm = self._measured[2].to(lists.device)
+            _C.perturb_(lists.local_params(), g, lists.backups, norm, ascent, lists.sizes)
+            lists.mark_changed()
             self._backup.append(lists)
         self._backup = plan.ascent  # the same lists; one object a plan, for _match
 
+    @torch._disable_dynamo
     def _restore(self) -> None:
         for lists in self._backup:
-            _C.restore_(lists.params, lists.backups)
+            _C.restore_(lists.local_params(), lists.backups)
+            lists.mark_changed()
 
+    @torch._disable_dynamo
     def _descend(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         plan, grads = self._gather()
         if None in plan.updates:
@@ -315,24 +340,24 @@ class FusedSAM(SAM):
             _restore_by_device(*plan.leftover)
         for lists in plan.descent:
             hyper = lists.pack(lists.update.hyper)
-            device = lists.params[0].device
             _C.restore_step_(
                 lists.update.name,
-                lists.params,
+                lists.local_params(),
                 lists.pick(grads),
                 lists.backups,
                 lists.state,
                 lists.steps,
                 hyper,
                 lists.sizes,
-                None if grad_scale is None else grad_scale.to(device),
-                None if found_inf is None else found_inf.to(device),
+                None if grad_scale is None else grad_scale.to(lists.device),
+                None if found_inf is None else found_inf.to(lists.device),
             )
+            lists.mark_changed()
         if any(fresh for lists in plan.descent for _, fresh in lists.runs):
             plan.descent = None
 
 
 def _restore_by_device(params: list[Tensor], backups: list[Tensor]) -> None:
-    for place in {_place(p) for p in params}:
-        pairs = [(p, b) for p, b in zip(params, backups, strict=True) if _place(p) == place]
-        _C.restore_([p for p, _ in pairs], [b for _, b in pairs])
+    pairs = [(local(p), b) for p, b in zip(params, backups, strict=True)]
+    for device in {p.device for p, _ in pairs}:
+        _C.restore_(*map(list, zip(*(pair for pair in pairs if pair[0].device == device), strict=True)))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import is_dtensor
 from .sam import SAM
 
 
@@ -77,6 +78,8 @@ class ReferenceSAM(SAM):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
+                    if is_dtensor(p):
+                        raise TypeError("ReferenceSAM does not take DTensors; FusedSAM does")
                     if p.grad.is_sparse:
                         raise RuntimeError("sparse gradients are not supported")
                     yield group, p

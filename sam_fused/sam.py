@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .batchnorm import freeze_statistics, thaw_statistics
+from .distributed import any_replica, check_placement, local, unsynchronized
 
 _OPTIONS = ("rho", "adaptive", "eta")
 
@@ -36,6 +38,7 @@ class SAM(Optimizer):
         eta: float = 0.0,
         model: nn.Module | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        sync_perturbation: bool = False,
         **base_kwargs: Any,
     ) -> None:
         if not (isinstance(base, type) and issubclass(base, Optimizer)):
@@ -52,6 +55,7 @@ class SAM(Optimizer):
         self._frozen: list[nn.Module] = []
         self.model = model
         self.scaler = scaler
+        self.sync_perturbation = sync_perturbation
         options = {"rho": rho, "adaptive": adaptive, "eta": eta}
         _check_options(options)
         self.base_optimizer = base(params, **base_kwargs)
@@ -145,7 +149,7 @@ class SAM(Optimizer):
             self._finish()
             return None
         self._check_not_perturbed("step(closure)")
-        with torch.enable_grad():
+        with torch.enable_grad(), nullcontext() if self.sync_perturbation else unsynchronized(self.model):
             loss = closure()
         self.first_step()
         try:
@@ -164,7 +168,7 @@ class SAM(Optimizer):
         """The second half of a step; a GradScaler has set grad_scale and found_inf on this object."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and self.perturbed:  # an overflow in the first pass counts too
-            overflow = (~self._measured[2].isfinite()).to(found_inf)
+            overflow = any_replica((~self._measured[2].isfinite()).to(found_inf), self.model)
             found_inf = found_inf + overflow
             if self.scaler is not None:
                 for flag in self.scaler._found_inf_per_device(self).values():
@@ -179,7 +183,7 @@ class SAM(Optimizer):
             return
         if grad_scale is not None:
             for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-                p.grad.div_(grad_scale.to(p.device))
+                local(p.grad).div_(grad_scale.to(p.device))
         self.base_optimizer.step()
 
     def _ascent_grad_scale(self) -> Tensor | None:
@@ -315,7 +319,7 @@ class SAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_perturbed("copying or pickling")
-        names = ("base_optimizer", "model", "scaler", "defaults", "_measured", "_total")
+        names = ("base_optimizer", "model", "scaler", "sync_perturbation", "defaults", "_measured", "_total")
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -349,6 +353,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _check_params(params: list[Tensor], group: int) -> None:
     for i, p in enumerate(params):
+        check_placement(p, f"param_groups[{group}]['params'][{i}]")
         if p.is_complex():
             raise ValueError(
                 f"param_groups[{group}]['params'][{i}]: complex parameters are not supported; "

@@ -1,0 +1,81 @@
+"""Parameters that processes share: the replicas of DistributedDataParallel and the shards of DTensors (FSDP2)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# ---- replicas ----
+
+
+def _replicas(model: nn.Module | None) -> DistributedDataParallel | None:
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    return model if isinstance(model, DistributedDataParallel) else None
+
+
+def unsynchronized(model: nn.Module | None) -> AbstractContextManager[None]:
+    """Where each process keeps its own gradient, if ``model`` is a DistributedDataParallel."""
+    replicas = _replicas(model)
+    return nullcontext() if replicas is None else replicas.no_sync()
+
+
+def any_replica(flag: Tensor, model: nn.Module | None) -> Tensor:
+    """``flag``, 0 or 1, at its largest over the processes of ``model``, if that is a DistributedDataParallel."""
+    replicas = _replicas(model)
+    if replicas is not None:
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=replicas.process_group)
+    return flag
+
+
+# ---- shards ----
+
+
+def is_dtensor(t: object) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import, and without it there is none
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def local(t: Tensor) -> Tensor:
+    """What this process holds of ``t``: a plain tensor. Call it under ``no_grad``."""
+    return t.to_local() if is_dtensor(t) else t
+
+
+def placement(t: Tensor) -> Hashable:
+    """How a DTensor lies on its mesh; None for a plain tensor."""
+    return (t.device_mesh, t.placements) if is_dtensor(t) else None
+
+
+def local_like(t: Tensor, p: Tensor) -> Tensor:
+    """What this process holds of ``t`` once that is placed as ``p`` is."""
+    if is_dtensor(p) and placement(t) != placement(p):
+        t = t.redistribute(p.device_mesh, p.placements)
+    return local(t)
+
+
+def placed_like(t: Tensor, p: Tensor) -> Tensor:
+    """``t`` as this process's part of a tensor of the shape and placement of ``p``."""
+    if not is_dtensor(p):
+        return t
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def check_placement(p: Tensor, what: str) -> None:
+    if is_dtensor(p) and any(part.is_partial() for part in p.placements):
+        raise ValueError(f"{what}: expected a DTensor that is sharded or replicated, got placements {p.placements}")
+
+
+def sum_over_shards(squares: Tensor, place: Hashable) -> Tensor:
+    """Sums of squares over the shards of this process to sums over all, for DTensors of one ``placement``, in place."""
+    if place is not None:
+        mesh, parts = place
+        for dim, part in enumerate(parts):
+            if not part.is_replicate():
+                torch.distributed.all_reduce(squares, group=mesh.get_group(dim))
+    return squares
