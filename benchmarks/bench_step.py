@@ -113,14 +113,14 @@ def run(name: str, base: str, adaptive: bool, threads: int, args: argparse.Names
     numel = sum(s.numel() for s in shapes)
     cls, options = BASES[base]
     params = parameters(shapes)
-    chosen = {n: make for n, make in RIVALS.items() if not (n == "ReferenceSAM" and numel > 2e7)}
+    chosen = {n: make for n, make in RIVALS.items() if not (n == "ReferenceSAM" and numel > 1.2e7)}
     calls = {n: two_calls(make(params, cls, adaptive, **options)) for n, make in chosen.items()}
     calls["no SAM: torch fused base"] = cls(params, fused=True, **options).step
     calls["no SAM: FusedSAM.step()"] = FusedSAM(params, cls, **options).step
-    bandwidth = Bandwidth(numel) if numel > 1e6 else None
+    bandwidth = Bandwidth(min(numel, 1 << 25)) if numel > 1e6 else None  # beyond any cache is enough
     if bandwidth:
         calls |= {f"bandwidth: {n}": call for n, (call, _) in bandwidth.kernels.items()}
-    stats = interleaved(calls, args.seconds, (3, args.rounds))
+    stats = interleaved(calls, args.seconds, (3, args.rounds), warm_up=2 if numel < 2e7 else 1)
     result = {
         "list": name,
         "tensors": len(shapes),
@@ -229,7 +229,7 @@ def main() -> None:
     p.add_argument("--kinds", nargs="+", choices=["sam", "asam"], default=["sam", "asam"])
     p.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}))
     p.add_argument("--rounds", type=int, default=100, help="at most")
-    p.add_argument("--seconds", type=float, default=1.5, help="a configuration may take, once it has had 3 rounds")
+    p.add_argument("--seconds", type=float, default=1, help="a configuration may take, once it has had 3 rounds")
     p.add_argument("--no-memory", dest="memory", action="store_false")
     p.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = p.parse_args()
