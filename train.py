@@ -5,6 +5,7 @@
     python train.py --data DIR --arch resnet18 --base adam --out runs/adam-sam --resume   # go on after a kill
     python train.py --dataset digits --width 16 --epochs 5 --out runs/digits              # no download
     python train.py --report runs/adam runs/adam-sam                                      # side by side
+    torchrun --nproc-per-node 2 train.py --data DIR --out runs/two                        # a batch shared by two
 
 DIR holds torchvision's CIFAR-10 (it is downloaded there when absent) or 32x32 images as train/<class>/* and
 test/<class>/*. A run's folder gets config.json, metrics.jsonl (one object an epoch) and checkpoint.pt.
@@ -23,21 +24,26 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import sam_fused
 from sam_fused import FusedSAM
+from sam_fused.distributed import unsynchronized
 
 # ---- settings ----
 
 BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+AMP = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CLASSES = 10
 LR_DECAY, LR_MILESTONES = 0.2, (0.3, 0.6, 0.8)  # the step decay of the paper's code: factor, fractions of the run
 MOMENTUM = 0.9
@@ -82,7 +88,9 @@ class Settings:
     sam_every: int
     ascent_fraction: float
     epochs: int
-    batch_size: int
+    batch_size: int  # of all processes together
+    amp: str | None
+    compile: bool
     seed: int
     device: str
     threads: int
@@ -126,6 +134,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     g = p.add_argument_group("run")
     g.add_argument("--epochs", type=positive(int), default=200)
     g.add_argument("--batch-size", type=positive(int), default=128)
+    g.add_argument("--amp", choices=sorted(AMP), help="autocast; fp16 with a GradScaler")
+    g.add_argument("--compile", action="store_true", help="torch.compile the network")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default="cpu")
     g.add_argument("--threads", type=positive(int), default=torch.get_num_threads())
@@ -145,6 +155,51 @@ def settle(args: argparse.Namespace) -> Settings:
     return Settings(
         **chosen, measure_rho=chosen["rho"] or recipe["rho"], **{name: getattr(args, name) for name in names}
     )
+
+
+# ---- processes: torchrun starts them, and each takes its share of every batch ----
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def processes(s: Settings) -> Iterator[Settings]:
+    """Join the processes that torchrun has started, if it has; yields the settings with this process's device."""
+    if not dist.is_torchelastic_launched():
+        yield s
+        return
+    if s.device == "cuda":
+        s = dataclasses.replace(s, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(s.device)
+    dist.init_process_group("nccl" if s.device.startswith("cuda") else "gloo")
+    try:
+        yield s
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_0_first(f: Callable[[], Any]) -> Any:
+    """f(), in the other processes once rank 0 is through and has left its files."""
+    if rank():
+        dist.barrier()
+        return f()
+    result = f()
+    if dist.is_initialized():
+        dist.barrier()
+    return result
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 # ---- data: decoded once, kept as one uint8 tensor on the device, augmented in whole batches there ----
@@ -281,10 +336,15 @@ class Normalize:
 
 
 def batches(split: Split, size: int, generator: torch.Generator, flip: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of augmented batches in a random order; the last may be smaller."""
+    """One epoch of augmented batches in a random order; the last may be smaller.
+
+    Each process gets its share of the very batches that one alone would get, so all draw the same random numbers.
+    """
     order = torch.randperm(len(split.labels), generator=generator, device=generator.device)
+    share = slice(rank(), None, world_size())
     for index in order.split(size):
-        yield augment(split.images[index], generator, flip), split.labels[index]
+        if len(index) >= world_size():
+            yield augment(split.images[index], generator, flip)[share], split.labels[index][share]
 
 
 # ---- networks: the CIFAR forms of the paper's code ----
@@ -322,7 +382,14 @@ def vgg16(width: int) -> nn.Module:
 ARCHS = {"resnet18": resnet18, "vgg16": vgg16}
 
 
+def parallel(s: Settings, model: nn.Module) -> nn.Module:
+    if s.compile:
+        model.compile()
+    return DistributedDataParallel(model) if dist.is_initialized() else model
+
+
 def build(s: Settings) -> tuple[nn.Module, FusedSAM, torch.optim.lr_scheduler.LRScheduler]:
+    """The network, its optimizer and the schedule; ``opt.model`` is what to call, the network or its replicas."""
     model = ARCHS[s.arch](s.width).to(s.device, memory_format=torch.channels_last)
     options = {"momentum": MOMENTUM} if s.base == "sgd" else {}
     opt = FusedSAM(
@@ -330,7 +397,8 @@ def build(s: Settings) -> tuple[nn.Module, FusedSAM, torch.optim.lr_scheduler.LR
         BASES[s.base],
         rho=s.measure_rho,
         adaptive=s.adaptive,
-        model=model,
+        model=parallel(s, model),
+        scaler=torch.amp.GradScaler(s.device.split(":")[0], enabled=s.amp == "fp16"),
         lr=s.lr,
         weight_decay=s.weight_decay,
         **options,
@@ -351,48 +419,50 @@ class Pass:
     size: int
 
 
-def train_step(s: Settings, model: nn.Module, opt: FusedSAM, x: Tensor, y: Tensor, index: int) -> list[Pass]:
+def train_step(s: Settings, opt: FusedSAM, x: Tensor, y: Tensor, index: int) -> list[Pass]:
     """One step; returns its passes, the one at the unperturbed weights first."""
     done: list[Pass] = []
 
     def forward_backward(size: int) -> Tensor:
         opt.zero_grad()
-        logits = model(x[:size])
-        loss = F.cross_entropy(logits, y[:size], label_smoothing=s.label_smoothing)
-        loss.backward()
+        with torch.autocast(x.device.type, AMP.get(s.amp), enabled=s.amp is not None):
+            logits = opt.model(x[:size])
+            loss = F.cross_entropy(logits, y[:size], label_smoothing=s.label_smoothing)
+        opt.scaler.scale(loss).backward()
         done.append(Pass(loss.detach(), (logits.detach().argmax(1) == y[:size]).sum(), size))
         return loss
 
     if s.rho == 0 or index % s.sam_every:
         forward_backward(len(x))
         opt.measure_sharpness()
-        opt.step()
+        opt.scaler.step(opt)
     elif s.ascent_fraction == 1:
         opt.step(lambda: forward_backward(len(x)))
     else:
-        forward_backward(max(1, round(s.ascent_fraction * len(x))))
+        with unsynchronized(opt.model):
+            forward_backward(max(1, round(s.ascent_fraction * len(x))))
         opt.first_step()
         try:
             forward_backward(len(x))
-            opt.second_step()
+            opt.scaler.step(opt)
         finally:
             opt.restore()
+    opt.scaler.update()
     return done
 
 
 def train_epoch(
     s: Settings,
-    model: nn.Module,
     opt: FusedSAM,
     data: Iterator[tuple[Tensor, Tensor]],
     normalize: Normalize,
     bar: tqdm,
 ) -> dict[str, float | None]:
-    model.train()
+    opt.model.train()
     loss = correct = rise = torch.zeros((), device=s.device)
     seen = rises = 0
     for index, (x, y) in enumerate(data):
-        passes = train_step(s, model, opt, normalize(x), y, index)
+        passes = train_step(s, opt, normalize(x), y, index)
         first = passes[0]
         loss = loss + first.loss * first.size
         correct = correct + first.correct
@@ -406,11 +476,14 @@ def train_epoch(
                 raise FloatingPointError(f"the training loss is {mean} at batch {index}")
             bar.set_postfix(loss=f"{mean:.3f}", acc=f"{correct.item() / seen:.3f}", sharp=f"{opt.sharpness.item():.4f}")
         bar.update()
+    mine = [loss.item(), correct.item(), seen, opt.mean_sharpness().item(), rise.item(), rises]
+    sums = summed(torch.tensor(mine, dtype=torch.float64, device=s.device))
+    loss, correct, seen, sharpness, rise, rises = sums.tolist()
     return {
-        "train_loss": loss.item() / seen,
-        "train_acc": correct.item() / seen,
-        "sharpness": finite(opt.mean_sharpness().item()),
-        "realised_sharpness": finite(rise.item() / rises) if rises else None,
+        "train_loss": loss / seen,
+        "train_acc": correct / seen,
+        "sharpness": finite(sharpness / world_size()),
+        "realised_sharpness": finite(rise / rises) if rises else None,
     }
 
 
@@ -480,6 +553,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "instruction_set": _C.cpu_isa(),
         "threads": torch.get_num_threads(),
+        "processes": world_size(),
         "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
     }
 
@@ -493,63 +567,77 @@ def open_run(s: Settings, resume: bool) -> dict[str, Any] | None:
     out = Path(s.out)
     config, checkpoint = out / "config.json", out / "checkpoint.pt"
     settings = dataclasses.asdict(s)
-    if not resume:
+    if rank():
+        pass  # the first process has seen to the folder
+    elif not resume:
         if config.exists() or checkpoint.exists():
             raise RunError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
         out.mkdir(parents=True, exist_ok=True)
     elif config.exists():
         held = json.loads(config.read_text())["settings"]
         for name, value in settings.items():
-            if name not in FREE_ON_RESUME and held.get(name) != value:
+            if name not in FREE_ON_RESUME and held.get(name, value) != value:
                 raise RunError(f"--resume: {out} was run with {name} = {held.get(name)!r}, not {value!r}")
     else:
         out.mkdir(parents=True, exist_ok=True)
-    save(config, json.dumps({"settings": settings, "environment": environment(s.device)}, indent=2) + "\n")
-    return torch.load(checkpoint, weights_only=True, map_location=s.device) if resume and checkpoint.exists() else None
+    if not rank():
+        save(config, json.dumps({"settings": settings, "environment": environment(s.device)}, indent=2) + "\n")
+    return torch.load(checkpoint, weights_only=True, map_location=s.device) if checkpoint.exists() else None
 
 
 def train(s: Settings, resume: bool = False) -> list[dict[str, Any]]:
-    """Train, and leave config.json, metrics.jsonl and checkpoint.pt in ``s.out``; returns the metrics by epoch."""
+    """Train, and leave config.json, metrics.jsonl and checkpoint.pt in ``s.out``; returns the metrics by epoch.
+
+    In a process of torchrun's that is not the first, the metrics lack the test set's part.
+    """
     torch.set_num_threads(s.threads)
     out = Path(s.out)
-    checkpoint = open_run(s, resume)
-    train_split, test_split = load_data(s)
+    checkpoint = rank_0_first(lambda: open_run(s, resume))
+    train_split, test_split = rank_0_first(lambda: load_data(s))
     normalize = Normalize(train_split.images)
     random.seed(s.seed)
     torch.manual_seed(s.seed)
     generator = torch.Generator(s.device).manual_seed(s.seed)
     model, opt, scheduler = build(s)
+    kept = {"model": model, "optimizer": opt, "scheduler": scheduler, "scaler": opt.scaler}
     metrics: list[dict[str, Any]] = []
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        opt.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
+        for name, holder in kept.items():
+            holder.load_state_dict(checkpoint[name])
         set_random_states({k: v.cpu() if torch.is_tensor(v) else v for k, v in checkpoint["random"].items()}, generator)
         metrics = checkpoint["metrics"]
-        print(f"{out}: going on after epoch {len(metrics)} of {s.epochs}")
+        say(f"{out}: going on after epoch {len(metrics)} of {s.epochs}")
+    if rank():
+        torch.manual_seed(s.seed + rank())
     steps = math.ceil(len(train_split.labels) / s.batch_size)
     for epoch in range(len(metrics) + 1, s.epochs + 1):
         start, lr = time.perf_counter(), scheduler.get_last_lr()[0]
         data = batches(train_split, s.batch_size, generator, flip=s.dataset == "cifar10")
-        with tqdm(total=steps, desc=f"epoch {epoch}/{s.epochs}", leave=False, disable=None) as bar:
-            row = train_epoch(s, model, opt, data, normalize, bar)
+        hidden = True if rank() else None  # None: where there is no terminal
+        with tqdm(total=steps, desc=f"epoch {epoch}/{s.epochs}", leave=False, disable=hidden) as bar:
+            row = train_epoch(s, opt, data, normalize, bar)
         scheduler.step()
-        row.update(evaluate(model, test_split, normalize))
-        metrics.append({"epoch": epoch, "lr": lr, **row, "seconds": time.perf_counter() - start})
-        save(
-            out / "checkpoint.pt",
-            {
-                "model": model.state_dict(),
-                "optimizer": opt.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "random": random_states(generator),
-                "metrics": metrics,
-            },
-        )
-        save(out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
-        print(line(metrics[-1], s.epochs), flush=True)
-    save(out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
+        metrics.append({"epoch": epoch, "lr": lr, **row})
+        if rank():
+            continue
+        metrics[-1] |= evaluate(model, test_split, normalize)
+        metrics[-1]["seconds"] = time.perf_counter() - start
+        states = {name: holder.state_dict() for name, holder in kept.items()}
+        save(out / "checkpoint.pt", {**states, "random": random_states(generator), "metrics": metrics})
+        write_metrics(out, metrics)
+        say(line(metrics[-1], s.epochs))
+    if not rank():
+        write_metrics(out, metrics)
     return metrics
+
+
+def write_metrics(out: Path, metrics: list[dict[str, Any]]) -> None:
+    save(out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
+
+
+def say(text: str) -> None:
+    if not rank():
+        print(text, flush=True)
 
 
 def line(m: dict[str, Any], epochs: int) -> str:
@@ -601,7 +689,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.report:
             print(report(args.report))
         else:
-            train(settle(args), args.resume)
+            with processes(settle(args)) as settings:
+                train(settings, args.resume)
     except (DataError, RunError, FloatingPointError, ImportError, ValueError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1

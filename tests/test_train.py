@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -188,6 +189,21 @@ def test_an_epoch_shows_every_image_once():
 # ---- networks ----
 
 
+def test_processes_share_the_batches_of_one(monkeypatch):
+    images = torch.arange(11, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    split = train.Split(images, torch.arange(11))
+
+    def epoch(rank: int, size: int) -> list[list[int]]:
+        monkeypatch.setattr(train, "rank", lambda: rank)
+        monkeypatch.setattr(train, "world_size", lambda: size)
+        return [y.tolist() for _, y in train.batches(split, 5, torch.Generator().manual_seed(0), flip=True)]
+
+    alone, first, second = epoch(0, 1), epoch(0, 2), epoch(1, 2)
+    assert [len(b) for b in alone] == [5, 5, 1]
+    assert [len(b) for b in first] == [3, 3]  # one image cannot be shared, and is left out
+    assert [sorted(a + b) for a, b in zip(first, second, strict=True)] == [sorted(b) for b in alone[:2]]
+
+
 @pytest.mark.parametrize(("arch", "count"), [("resnet18", 11_173_962), ("vgg16", 14_990_922)])
 def test_networks_are_the_papers(arch, count):
     with torch.device("meta"):
@@ -210,41 +226,56 @@ def one_step(*flags: str):
     calls = []
     model.register_forward_hook(lambda m, a, out: calls.append((len(a[0]), opt.perturbed)))
     x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
-    return s, model, opt, x, y, calls
+    return s, opt, x, y, calls
 
 
 def test_a_sam_step_and_a_base_step():
-    s, model, opt, x, y, calls = one_step("--sam-every", "2")
-    done = train.train_step(s, model, opt, x, y, 0)
+    s, opt, x, y, calls = one_step("--sam-every", "2")
+    done = train.train_step(s, opt, x, y, 0)
     assert calls == [(8, False), (8, True)]
     assert done[1].loss > done[0].loss
     calls.clear()
-    train.train_step(s, model, opt, x, y, 1)
+    train.train_step(s, opt, x, y, 1)
     assert calls == [(8, False)]
     assert opt.mean_sharpness(reset=False) > 0
 
 
 def test_ascent_fraction():
-    s, model, opt, x, y, calls = one_step("--ascent-fraction", "0.25")
-    done = train.train_step(s, model, opt, x, y, 0)
+    s, opt, x, y, calls = one_step("--ascent-fraction", "0.25")
+    done = train.train_step(s, opt, x, y, 0)
     assert calls == [(2, False), (8, True)]
     assert [p.size for p in done] == [2, 8]
     assert not opt.perturbed
 
 
 def test_rho_0_is_the_plain_base():
-    s, model, opt, x, y, calls = one_step("--rho", "0")
+    s, opt, x, y, calls = one_step("--rho", "0")
     twin = train.build(s)[0]
-    twin.load_state_dict(model.state_dict())
+    twin.load_state_dict(opt.model.state_dict())
     plain = torch.optim.Adam(twin.parameters(), lr=s.lr, weight_decay=s.weight_decay)
-    train.train_step(s, model, opt, x, y, 0)
+    train.train_step(s, opt, x, y, 0)
     torch.nn.functional.cross_entropy(twin(x), y).backward()
     norm = torch.stack([p.grad.double().norm() for p in twin.parameters()]).norm()
     plain.step()
     assert calls == [(8, False)]
     assert opt.sharpness.item() == pytest.approx(0.05 * norm.item(), rel=1e-5)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+    for p, q in zip(opt.model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def losses(*flags: str) -> list[float]:
+    s, opt, x, y, _ = one_step(*flags)
+    return [train.train_step(s, opt, x, y, i)[0].loss.item() for i in range(12)]
+
+
+def test_amp():
+    plain, bf16, fp16 = losses("--lr", "0.01"), losses("--lr", "0.01", "--amp", "bf16"), losses("--amp", "fp16")
+    assert bf16 != plain
+    assert bf16[0] == pytest.approx(plain[0], rel=0.02)
+    assert fp16[0] == pytest.approx(plain[0], rel=0.005)
+    assert bf16[-1] < 0.7 * bf16[0]
+    assert not train.build(settings(*TINY, "--amp", "bf16"))[1].scaler.is_enabled()
+    assert train.build(settings(*TINY, "--amp", "fp16"))[1].scaler.is_enabled()
 
 
 # ---- runs ----
@@ -264,6 +295,7 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     keys = "epoch lr train_loss train_acc test_loss test_acc sharpness realised_sharpness seconds"
     assert [set(row) for row in rows] == [set(keys.split())] * 2
     assert [row["epoch"] for row in rows] == [1, 2]
+    assert config["environment"]["processes"] == 1
     assert rows[0]["sharpness"] > 0
     assert not list(out.glob("*.part"))
     printed = capsys.readouterr().out
@@ -276,20 +308,35 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     assert "was run with epochs = 2, not 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("base", ["sgd", "adam"])
-def test_killed_and_resumed_is_bit_identical(tmp_path, base):
+def torchrun(*args: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *args]
+
+
+RUNS = {
+    "sgd": (command, ["--base", "sgd"]),
+    "adam": (command, ["--base", "adam"]),
+    "fp16": (command, ["--amp", "fp16"]),
+    "two processes": (lambda *args: torchrun(*command(*args)[1:]), ["--threads", "1"]),
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_killed_and_resumed_is_bit_identical(tmp_path, kind):
     """SIGKILL at whatever moment after the first epoch; what --resume ends with is what a whole run ends with."""
-    flags = ["--base", base, "--epochs", "4"]
+    start, flags = RUNS[kind]
+    flags = [*flags, "--epochs", "4"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run(command(whole, *flags), check=True, capture_output=True)
-    process = subprocess.Popen(command(cut, *flags), stdout=subprocess.DEVNULL)
+    done = subprocess.run(start(whole, *flags), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch   ") == 4  # one process speaks
+    process = subprocess.Popen(start(cut, *flags), stdout=subprocess.DEVNULL, start_new_session=True)
     while not (cut / "checkpoint.pt").exists():
         assert process.poll() is None
         time.sleep(0.005)
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert 1 <= len(torch.load(cut / "checkpoint.pt", weights_only=True)["metrics"]) < 4
-    subprocess.run(command(cut, *flags, "--resume"), check=True, capture_output=True)
+    subprocess.run(start(cut, *flags, "--resume"), check=True, capture_output=True)
     a, b = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, cut))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     for i, state in a["optimizer"]["state"].items():
