@@ -136,8 +136,9 @@ class SAM(Optimizer):
 
         Args:
             closure: zeroes the gradients, runs forward and backward and returns the loss. It is called twice, at the
-                weights and at the perturbed weights; the first loss is returned. If either call raises, the weights
-                are what they were, bit for bit, and the exception goes on.
+                weights and at the perturbed weights; the first loss is returned. After :meth:`first_step` it is called
+                once, for the second pass. If a call raises, the weights are what they were, bit for bit, and the
+                exception goes on.
 
         Without a closure: restores the weights if :meth:`first_step` has perturbed them, then updates them by the base
         optimizer with the present gradients. Without ``first_step`` before it, this is the base optimizer's own step.
@@ -148,13 +149,14 @@ class SAM(Optimizer):
         if closure is None:
             self._finish()
             return None
-        self._check_not_perturbed("step(closure)")
-        with torch.enable_grad(), nullcontext() if self.sync_perturbation else unsynchronized(self.model):
-            loss = closure()
-        self.first_step()
+        second_only = self.perturbed
+        if not second_only:
+            with torch.enable_grad(), nullcontext() if self.sync_perturbation else unsynchronized(self.model):
+                loss = closure()
+            self.first_step()
         try:
             with torch.enable_grad():
-                closure()
+                second_loss = closure()
             if self.scaler is None:
                 self._finish()
             else:
@@ -162,7 +164,7 @@ class SAM(Optimizer):
         except BaseException:
             self.restore()
             raise
-        return loss
+        return second_loss if second_only else loss
 
     def _finish(self) -> None:
         """The second half of a step; a GradScaler has set grad_scale and found_inf on this object."""

@@ -216,7 +216,6 @@ def test_calls_out_of_order(cls):
         opt.first_step,
         opt.measure_sharpness,
         opt.state_dict,
-        lambda: opt.step(lambda: None),
         lambda: opt.load_state_dict({}),
         lambda: copy.deepcopy(opt),
         lambda: pickle.dumps(opt),
@@ -244,6 +243,30 @@ def test_step_returns_the_first_loss(cls):
 
     assert opt.step(closure).item() == losses[0] == 4.0
     assert losses[1] > 4.0
+
+
+@both
+def test_a_closure_after_first_step_makes_the_second_pass(cls):
+    """Lightning calls step with a closure that does nothing where the user gave none."""
+    mine = awkward(torch.float64)
+    opt = cls(mine, torch.optim.Adam)
+    twins = [clones(mine) for _ in range(2)]
+    others = [cls(params, torch.optim.Adam) for params in twins]
+
+    def closure():
+        set_grads(twins[0], 1)
+        return "the loss"
+
+    for o, params in ((opt, mine), *zip(others, twins, strict=True)):
+        set_grads(params, 0)
+        o.first_step()
+    set_grads(mine, 1)
+    opt.second_step()
+    assert others[0].step(closure) == "the loss"
+    set_grads(twins[1], 1)
+    assert others[1].step(lambda: None) is None
+    for params in twins:
+        assert all(torch.equal(p, q) for p, q in zip(mine, params, strict=True))
 
 
 @both
