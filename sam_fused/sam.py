@@ -149,6 +149,12 @@ class SAM(Optimizer):
         if closure is None:
             self._finish()
             return None
+        if hasattr(self, "found_inf"):
+            self.restore()
+            raise RuntimeError(
+                "a closure came through GradScaler.step, which looks for overflows before it is called; "
+                "construct with scaler=... and call step(closure) itself"
+            )
         second_only = self.perturbed
         if not second_only:
             with torch.enable_grad(), nullcontext() if self.sync_perturbation else unsynchronized(self.model):
@@ -249,6 +255,8 @@ class SAM(Optimizer):
         if self.perturbed:
             self._restore()
         self._settle()
+        for name in ("grad_scale", "found_inf"):  # GradScaler.step leaves them behind where it raises
+            self.__dict__.pop(name, None)
 
     @property
     def perturbed(self) -> bool:

@@ -170,6 +170,41 @@ def test_closure(cls, enabled):
         assert_near(p.detach(), q.detach(), 1e-12, "weights")
 
 
+@both
+def test_a_closure_through_the_scaler_is_refused(cls):
+    params = awkward(torch.float32)
+    amp = scaler()
+    opt = cls(params, scaler=amp)
+    before = [p.detach().clone() for p in params]
+    set_scaled(params, 0)
+    opt.first_step()
+    with pytest.raises(RuntimeError, match=r"a closure came through GradScaler\.step.*construct with scaler="):
+        amp.step(opt, lambda: None)
+    assert not opt.perturbed
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@both
+def test_an_error_in_the_second_half_leaves_no_scale_behind(cls):
+    """GradScaler.step would multiply the next scale by it."""
+    mine = awkward(torch.float64)[:2]
+    theirs = clones(mine)
+    amp = scaler()
+    opt, plain = cls(mine, torch.optim.SGD, lr=0.1, scaler=amp), torch.optim.SGD(theirs, lr=0.1)
+    set_scaled(mine, 0)
+    opt.first_step()
+    mine[1].grad = mine[1].grad.to_sparse()
+    with pytest.raises(RuntimeError, match="sparse gradients are not supported"):
+        amp.step(opt)
+    opt.restore()
+    set_scaled(mine, 1)
+    set_grads(theirs, 1)
+    amp.step(opt)
+    plain.step()
+    for p, q in zip(mine, theirs, strict=True):
+        assert_near(p.detach(), q.detach(), 1e-12, "one scale, not two")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_trains(dtype):
     torch.manual_seed(0)
