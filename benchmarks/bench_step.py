@@ -116,7 +116,7 @@ def run(name: str, base: str, adaptive: bool, threads: int, args: argparse.Names
     chosen = {n: make for n, make in RIVALS.items() if not (n == "ReferenceSAM" and numel > 1.2e7)}
     calls = {n: two_calls(make(params, cls, adaptive, **options)) for n, make in chosen.items()}
     calls["no SAM: torch fused base"] = cls(params, fused=True, **options).step
-    calls["no SAM: FusedSAM.step()"] = FusedSAM(params, cls, **options).step
+    calls["no SAM: FusedSAM.step()"] = FusedSAM(params, cls, rho=0.0, **options).step
     bandwidth = Bandwidth(min(numel, 1 << 25)) if numel > 1e6 else None  # beyond any cache is enough
     if bandwidth:
         calls |= {f"bandwidth: {n}": call for n, (call, _) in bandwidth.kernels.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -53,6 +54,7 @@ class SAM(Optimizer):
         self._prepare()
         self._backup: Any = None
         self._frozen: list[nn.Module] = []
+        self._ascended = False  # once, or warned that it has not
         self.model = model
         self.scaler = scaler
         self.sync_perturbation = sync_perturbation
@@ -141,12 +143,21 @@ class SAM(Optimizer):
                 exception goes on.
 
         Without a closure: restores the weights if :meth:`first_step` has perturbed them, then updates them by the base
-        optimizer with the present gradients. Without ``first_step`` before it, this is the base optimizer's own step.
+        optimizer with the present gradients. Without ``first_step`` before it, this is the base optimizer's own step;
+        it warns once if there was no ascent yet and a rho is not 0.
 
         With a GradScaler, call ``scaler.step(opt)`` in its place. With a closure and ``scaler=`` given, call this: it
         does so itself after the second call of the closure, which scales its loss. ``scaler.update()`` is yours.
         """
         if closure is None:
+            if not self._ascended and any(group["rho"] > 0 for group in self.param_groups):
+                warnings.warn(
+                    "step() was called without a closure and without first_step() before it: this is the step of "
+                    f"{type(self.base_optimizer).__name__}, without SAM. If it is meant, set rho=0 or call "
+                    "measure_sharpness() before it",
+                    stacklevel=4,  # above the two wrappers that torch puts around step
+                )
+                self._ascended = True
             self._finish()
             return None
         if hasattr(self, "found_inf"):
@@ -219,6 +230,7 @@ class SAM(Optimizer):
             RuntimeError: if the weights are perturbed already.
         """
         self._check_not_perturbed("first_step()")
+        self._ascended = True
         try:
             self._ascend(perturb=True)
         except BaseException:
@@ -247,6 +259,7 @@ class SAM(Optimizer):
             RuntimeError: if the weights are perturbed: their gradients do not belong to w.
         """
         self._check_not_perturbed("measure_sharpness()")
+        self._ascended = True
         self._ascend(perturb=False)
 
     @torch.no_grad()
@@ -329,7 +342,8 @@ class SAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_perturbed("copying or pickling")
-        names = ("base_optimizer", "model", "scaler", "sync_perturbation", "defaults", "_measured", "_total")
+        options = ("model", "scaler", "sync_perturbation", "defaults")
+        names = ("base_optimizer", *options, "_measured", "_total", "_ascended")
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

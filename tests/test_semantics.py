@@ -286,6 +286,28 @@ def test_sam_every_kth_step(cls):
         assert_near(p.detach(), q.detach(), 1e-12, "params")
 
 
+@both
+def test_a_warning_where_sam_is_never_on(cls, recwarn):
+    """A trainer that calls step() alone would train without SAM, and nobody would know."""
+
+    def warned(first=None, **options) -> list[str]:
+        w = nn.Parameter(torch.ones(3))
+        w.grad = torch.ones(3)
+        opt = cls([w], **options)
+        if first is not None:
+            getattr(opt, first)()
+        opt.step()
+        copy.deepcopy(opt).step()
+        opt.step()
+        return [(w.filename, str(w.message)) for w in (recwarn.pop() for _ in range(len(recwarn)))]
+
+    ((file, message),) = warned()
+    assert file == __file__
+    assert "this is the step of Adam, without SAM" in message
+    for quiet in ({"rho": 0.0}, {"first": "first_step"}, {"first": "measure_sharpness"}):
+        assert warned(**quiet) == []
+
+
 # ---- changes after construction ----
 
 
@@ -398,7 +420,7 @@ def test_options_change_between_steps():
 def test_momentum_switched_on():
     mine = awkward(torch.float64)
     theirs = clones(mine)
-    opt, plain = FusedSAM(mine, torch.optim.SGD, lr=0.1), torch.optim.SGD(theirs, lr=0.1)
+    opt, plain = FusedSAM(mine, torch.optim.SGD, lr=0.1, rho=0.0), torch.optim.SGD(theirs, lr=0.1)
     for step in range(4):
         for o, params in ((opt, mine), (plain, theirs)):
             o.param_groups[0]["momentum"] = 0.9 * (step > 1)
@@ -410,7 +432,7 @@ def test_momentum_switched_on():
 
 def test_state_cleared_by_hand():
     params = awkward(torch.float64)
-    opt = FusedSAM(params, torch.optim.Adam)
+    opt = FusedSAM(params, torch.optim.Adam, rho=0.0)
     for _ in range(2):
         set_grads(params, 0)
         opt.step()
