@@ -229,6 +229,7 @@ class SAM(Optimizer):
         Raises:
             RuntimeError: if the weights are perturbed already.
         """
+        self._check_not_borrowed("first_step()")
         self._check_not_perturbed("first_step()")
         self._ascended = True
         try:
@@ -258,6 +259,7 @@ class SAM(Optimizer):
         Raises:
             RuntimeError: if the weights are perturbed: their gradients do not belong to w.
         """
+        self._check_not_borrowed("measure_sharpness()")
         self._check_not_perturbed("measure_sharpness()")
         self._ascended = True
         self._ascend(perturb=False)
@@ -265,6 +267,7 @@ class SAM(Optimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Give the weights back as they were before :meth:`first_step`, bit for bit; nothing to do if not perturbed."""
+        self._check_not_borrowed("restore()")
         if self.perturbed:
             self._restore()
         self._settle()
@@ -286,6 +289,13 @@ class SAM(Optimizer):
             raise RuntimeError(
                 f"{what} was called while the weights are perturbed; call second_step() to finish the step or "
                 "restore() to drop it"
+            )
+
+    def _check_not_borrowed(self, what: str) -> None:
+        if "base_optimizer" not in self.__dict__:  # a subclass made around us, which looks up in us what it lacks
+            raise RuntimeError(
+                f"{what} was called on {type(self).__name__}, a wrapper that would keep what it sets to itself; "
+                "call it on the optimizer inside, with Lightning opt.optimizer"
             )
 
     # ---- measurements ----
@@ -317,7 +327,7 @@ class SAM(Optimizer):
         """
         mean = self._total[0] / self._total[1]
         if reset:
-            self._total = torch.zeros_like(self._total)
+            self._total.zero_()
         return mean
 
     # ---- saving and copying ----
