@@ -348,7 +348,7 @@ class SAM(Optimizer):
             RuntimeError: if the weights are perturbed.
         """
         self._check_not_perturbed("load_state_dict()")
-        super().load_state_dict(_keep_options(self, state_dict))
+        super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_perturbed("copying or pickling")
@@ -364,7 +364,7 @@ class SAM(Optimizer):
             super().__setstate__(state)
             self.base_optimizer.register_load_state_dict_pre_hook(_keep_options)
         else:  # from Optimizer.load_state_dict; the base fills in what older checkpoints lack
-            self.base_optimizer.__setstate__(state)
+            self.base_optimizer.__setstate__(_keep_options(self, state))
 
 
 def _keep_options(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

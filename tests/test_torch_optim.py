@@ -147,14 +147,47 @@ def test_schedulers_take_either(cls, which, recwarn):
 
 
 @both
-def test_step_hooks(cls):
+@pytest.mark.parametrize("closure_form", [True, False])
+def test_step_hooks(cls, closure_form):
+    """Once a step, around the update; in step(closure) around both passes."""
     params = awkward(torch.float64)[:3]
     opt = cls(params, torch.optim.Adam)
     calls = []
     opt.register_step_pre_hook(lambda *_: calls.append("pre"))
     opt.register_step_post_hook(lambda *_: calls.append("post"))
-    set_grads(params, 0)
-    opt.first_step()
-    assert calls == []
-    opt.second_step()
-    assert calls == ["pre", "post"]
+
+    def closure():
+        set_grads(params, 0)
+        calls.append("closure")
+
+    if closure_form:
+        opt.step(closure)
+        assert calls == ["pre", "closure", "closure", "post"]
+    else:
+        set_grads(params, 0)
+        opt.first_step()
+        assert calls == []
+        opt.second_step()
+        assert calls == ["pre", "post"]
+
+
+@both
+def test_state_dict_hooks(cls):
+    """As torch calls them; a hook may make a checkpoint into another one, of the plain base even."""
+    params = awkward(torch.float64)[:3]
+    opt = cls(params, torch.optim.Adam, lr=0.5, rho=0.3)
+    calls = []
+    opt.register_state_dict_pre_hook(lambda o: calls.append("save"))
+    opt.register_state_dict_post_hook(lambda o, state: {"wrapped": state})
+    opt.register_load_state_dict_pre_hook(lambda o, state: state["wrapped"])
+    opt.register_load_state_dict_post_hook(lambda o: calls.append("loaded"))
+    run(opt, params, 2, sam=True)
+    saved = copy.deepcopy(opt.state_dict())
+    run(opt, params, 1, sam=True)
+    opt.load_state_dict(saved)
+    assert calls == ["save", "loaded"]
+    assert torch.equal(opt.state[params[0]]["exp_avg"], saved["wrapped"]["state"][0]["exp_avg"])
+    opt.load_state_dict({"wrapped": torch.optim.Adam(clones(params), lr=0.1).state_dict()})
+    assert opt.param_groups[0]["lr"] == 0.1
+    assert opt.param_groups[0]["rho"] == 0.3
+    run(opt, params, 1, sam=True)
