@@ -1,0 +1,204 @@
+"""Copies of an optimizer, by a checkpoint and otherwise, go on as the original would."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from sam_fused import FusedSAM, ReferenceSAM
+from tests.cases import BASES, TOLERANCE, assert_near, assert_same_state, awkward, clones, set_grads
+from tests.test_semantics import assert_untouched, snapshot
+
+both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def on_disk(thing):
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def by_state_dict(params, opt, make):
+    saved = on_disk({"params": params, "opt": opt.state_dict()})
+    new = clones(saved["params"])
+    other = make(new)
+    other.load_state_dict(saved["opt"])
+    return new, other
+
+
+def by_deepcopy(params, opt, make):
+    return copy.deepcopy((params, opt))
+
+
+def by_pickle(params, opt, make):
+    return pickle.loads(pickle.dumps((params, opt)))
+
+
+def mixed() -> list[nn.Parameter]:
+    """Every shape and layout in every dtype."""
+    return [p for i, dtype in enumerate(DTYPES) for p in awkward(dtype, seed=i)]
+
+
+def make_groups(cls, base: str, params: list[nn.Parameter]):
+    """Groups with options of their own; the last is neither perturbed nor counted."""
+    base_cls, options = BASES[base]
+    groups = [
+        {"params": params[:20], "rho": 0.5},
+        {"params": params[20:50], "rho": 0.2, "adaptive": True, "eta": 0.01, "lr": 0.05},
+        {"params": params[50:], "rho": 0.0},
+    ]
+    return cls(groups, base_cls, **options)
+
+
+def steps(params, opt, seeds) -> list[torch.Tensor]:
+    """SAM steps with gradients missing in either pass and in both; returns what was measured."""
+    measured = []
+    for seed in seeds:
+        set_grads(params, 2 * seed, skip=frozenset({seed, seed + 1, 40}))
+        opt.first_step()
+        set_grads(params, 2 * seed + 1, skip=frozenset({seed + 1, seed + 2, 40}))
+        opt.second_step()
+        measured += [opt.sharpness.clone(), opt.grad_norm.clone()]
+    return measured
+
+
+@both
+@pytest.mark.parametrize("base", ["sgd_nesterov", "adam_amsgrad", "adamw", "rmsprop"])
+@pytest.mark.parametrize("by", [by_state_dict, by_deepcopy, by_pickle])
+def test_a_copy_goes_on_bit_for_bit(by, base, cls):
+    make = partial(make_groups, cls, base)
+    params = mixed()
+    opt = make(params)
+    steps(params, opt, range(3))
+    others, other = by(params, opt, make)
+    before = snapshot(params)
+    theirs = steps(others, other, range(3, 7))
+    assert_untouched(params, before)  # the copy is one
+    mine = steps(params, opt, range(3, 7))
+    assert mine == theirs
+    for i, (p, q) in enumerate(zip(params, others, strict=True)):
+        assert torch.equal(p, q), f"params[{i}]"
+    assert_same_state(other, opt, 0.0, "state")
+    assert torch.equal(other.mean_sharpness(), opt.mean_sharpness()) or by is by_state_dict
+    assert_still_an_optimizer(others, other)
+
+
+def assert_still_an_optimizer(params, opt) -> None:
+    """What holds around the arithmetic, of a copy too."""
+    assert opt.base_optimizer.param_groups is opt.param_groups
+    assert opt.base_optimizer.state is opt.state
+    before = snapshot(params)
+
+    def closure():
+        set_grads(params, 0)
+        if opt.perturbed:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(closure)
+    assert_untouched(params, before)
+    opt.first_step()
+    with pytest.raises(RuntimeError, match="while the weights are perturbed"):
+        opt.state_dict()
+    opt.restore()
+    assert_untouched(params, before)
+    plain = {**opt.state_dict(), "param_groups": [dict(g) for g in opt.state_dict()["param_groups"]]}
+    for group in plain["param_groups"]:
+        del group["rho"]
+    opt.base_optimizer.load_state_dict(plain)  # which the base takes without SAM's options
+    assert [g["rho"] for g in opt.param_groups] == [0.5, 0.2, 0.0]
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert opt.param_groups[3]["rho"] == 0.05
+
+
+@both
+@pytest.mark.parametrize("base", ["sgd_momentum", "adam", "rmsprop"])
+def test_back_to_an_earlier_checkpoint(base, cls):
+    """In the same optimizer, whose lists are made already."""
+    params = awkward(torch.float32)
+    opt = cls(params, BASES[base][0], **BASES[base][1])
+    steps(params, opt, range(2))
+    saved = on_disk({"params": params, "opt": opt.state_dict()})
+    first = steps(params, opt, range(2, 5))
+    end = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        for p, q in zip(params, saved["params"], strict=True):
+            p.copy_(q)
+    opt.load_state_dict(saved["opt"])
+    assert steps(params, opt, range(2, 5)) == first
+    assert all(torch.equal(p, q) for p, q in zip(params, end, strict=True))
+
+
+@both
+def test_the_options_of_a_checkpoint_win(cls):
+    params = awkward(torch.float32)[:2]
+    saved = cls(params, rho=0.3, adaptive=True, eta=0.1).state_dict()
+    opt = cls(params, rho=0.5)
+    opt.load_state_dict(saved)
+    assert [opt.param_groups[0][key] for key in ("rho", "adaptive", "eta")] == [0.3, True, 0.1]
+
+
+@both
+@pytest.mark.parametrize("base", ["sgd_dampening", "adam_amsgrad", "rmsprop"])
+@pytest.mark.parametrize("old", DTYPES, ids=str)
+@pytest.mark.parametrize("new", DTYPES, ids=str)
+def test_into_another_dtype_as_torch_does(new, old, base, cls):
+    base_cls, options = BASES[base]
+    source = [nn.Parameter(p.detach() / 8) for p in awkward(old)]
+    opt = cls(source, base_cls, **options)
+    steps(source, opt, range(2))
+    saved = on_disk(opt.state_dict())
+    mine = [nn.Parameter(p.detach().to(new)) for p in source]
+    theirs = clones(mine)
+    opt, plain = cls(mine, base_cls, **options), base_cls(theirs, foreach=False, **options)
+    for o in (opt, plain):
+        o.load_state_dict(copy.deepcopy(saved))
+    for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
+        assert opt.state[p].keys() == plain.state[q].keys()
+        for key, value in plain.state[q].items():
+            assert opt.state[p][key].dtype == value.dtype, f"params[{i}], {key}"
+            assert torch.equal(opt.state[p][key], value), f"params[{i}], {key}"
+    if new in (torch.float32, torch.float64):  # in half types torch rounds after every operation
+        steps(mine, opt, [3])
+        set_grads(theirs, 7, skip=frozenset({4, 5, 40}))
+        plain.step()
+        assert_near(
+            torch.cat([p.detach().flatten() for p in mine]),
+            torch.cat([p.detach().flatten() for p in theirs]),
+            10 * TOLERANCE[new],
+            "one step on",
+        )
+
+
+@both
+def test_into_another_device_as_torch_does(cls):
+    source = awkward(torch.float32)[:4]
+    opt = cls(source, torch.optim.Adam)
+    steps(source, opt, range(3))
+    saved = on_disk(opt.state_dict())
+    mine = [nn.Parameter(torch.empty_like(p, device="meta")) for p in source]
+    opt, plain = (make(mine, torch.optim.Adam) if make is cls else make(mine) for make in (cls, torch.optim.Adam))
+    for o in (opt, plain):
+        o.load_state_dict(saved)
+    for p in mine:
+        places = {key: value.device for key, value in opt.state[p].items()}
+        assert places == {key: value.device for key, value in plain.state[p].items()}
+        assert places["exp_avg"].type == "meta"
+
+
+@both
+def test_a_checkpoint_that_does_not_fit(cls):
+    params = awkward(torch.float32)[:4]
+    opt = cls(params)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        opt.load_state_dict(cls([{"params": params[:2]}, {"params": params[2:]}]).state_dict())
+    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+        opt.load_state_dict(cls(params[:3]).state_dict())
