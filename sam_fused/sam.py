@@ -150,7 +150,8 @@ class SAM(Optimizer):
         does so itself after the second call of the closure, which scales its loss. ``scaler.update()`` is yours.
         """
         if closure is None:
-            if not self._ascended and any(group["rho"] > 0 for group in self.param_groups):
+            # torch.distributed.checkpoint makes the state by a step with lr 0, which trains nothing
+            if not self._ascended and any(g["rho"] > 0 and g.get("lr") != 0 for g in self.param_groups):
                 warnings.warn(
                     "step() was called without a closure and without first_step() before it: this is the step of "
                     f"{type(self.base_optimizer).__name__}, without SAM. If it is meant, set rho=0 or call "

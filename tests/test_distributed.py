@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -262,6 +263,7 @@ def fsdp_checkpoint(folder) -> None:
     weights, state = get_state_dict(model, opt)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
     other, resumed = fresh()
+    warnings.filterwarnings("error", message=".*without SAM")
     resumed.param_groups[0]["rho"] = 0.01  # which the checkpoint overwrites
     weights, state = get_state_dict(other, resumed)
     held = {"model": weights, "optimizer": state}
