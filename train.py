@@ -76,6 +76,8 @@ class Settings:
     dataset: str
     data: str | None
     train_size: int | None
+    eval_size: int | None
+    holdout: int | None
     arch: str
     width: int
     base: str
@@ -94,11 +96,12 @@ class Settings:
     seed: int
     device: str
     threads: int
+    keep_every: int | None
     out: str
 
 
-# Changing these does not make another run of it.
-FREE_ON_RESUME = {"data", "out"}
+# Changing these does not make another run of it. config.json does not hold them.
+FREE_ON_RESUME = {"data", "keep_every", "out"}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -118,6 +121,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--dataset", choices=["cifar10", "digits"], default="cifar10")
     g.add_argument("--data", metavar="DIR", help="where CIFAR-10 is, or is to be downloaded to")
     g.add_argument("--train-size", type=positive(int), metavar="N", help="a seeded, class-balanced subset")
+    g.add_argument(
+        "--eval-size", type=positive(int), metavar="N", help="test on a fixed subset in all epochs but the last"
+    )
+    g.add_argument(
+        "--holdout", type=positive(int), metavar="N", help="test on N fixed training images, which are not trained on"
+    )
     g = p.add_argument_group("network")
     g.add_argument("--arch", choices=["resnet18", "vgg16"], default="resnet18")
     g.add_argument("--width", type=positive(int), default=64, help="channels of the first stage (64 in the paper)")
@@ -139,6 +148,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default="cpu")
     g.add_argument("--threads", type=positive(int), default=torch.get_num_threads())
+    g.add_argument("--keep-every", type=positive(int), metavar="K", help="keep the weights of every K-th epoch")
     g.add_argument("--out", metavar="DIR", default="runs/last")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     args = p.parse_args(argv)
@@ -288,24 +298,28 @@ def load_digits() -> tuple[Split, Split]:
     return train, test
 
 
-def balanced_subset(split: Split, n: int, seed: int) -> Split:
-    """n examples, as many of each class as of any other but for a remainder."""
+def divide(split: Split, n: int, seed: int, flag: str) -> tuple[Split, Split]:
+    """n examples, as many of each class as of any other but for a remainder; and the others."""
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for c in range(CLASSES):
         of_class = (split.labels == c).nonzero().flatten()
         want = n // CLASSES + (c < n % CLASSES)
         if want > len(of_class):
-            raise DataError(f"--train-size {n}: expected at most {len(of_class)} of class {c}, would need {want}")
+            raise DataError(f"{flag} {n}: expected at most {len(of_class)} of class {c}, would need {want}")
         chosen.append(of_class[torch.randperm(len(of_class), generator=generator)[:want]])
     index = torch.cat(chosen)
-    return Split(split.images[index], split.labels[index])
+    others = torch.ones(len(split.labels), dtype=torch.bool)
+    others[index] = False
+    return Split(split.images[index], split.labels[index]), Split(split.images[others], split.labels[others])
 
 
 def load_data(s: Settings) -> tuple[Split, Split]:
     train, test = load_digits() if s.dataset == "digits" else load_cifar10(s.data)
+    if s.holdout is not None:
+        test, train = divide(train, s.holdout, 0, "--holdout")
     if s.train_size is not None:
-        train = balanced_subset(train, s.train_size, s.seed)
+        train, _ = divide(train, s.train_size, s.seed, "--train-size")
     return train.to(s.device), test.to(s.device)
 
 
@@ -566,7 +580,7 @@ def open_run(s: Settings, resume: bool) -> dict[str, Any] | None:
     """Make the folder, or check that it holds this very run; returns its checkpoint, if there is one."""
     out = Path(s.out)
     config, checkpoint = out / "config.json", out / "checkpoint.pt"
-    settings = dataclasses.asdict(s)
+    settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in FREE_ON_RESUME}
     if rank():
         pass  # the first process has seen to the folder
     elif not resume:
@@ -576,7 +590,7 @@ def open_run(s: Settings, resume: bool) -> dict[str, Any] | None:
     elif config.exists():
         held = json.loads(config.read_text())["settings"]
         for name, value in settings.items():
-            if name not in FREE_ON_RESUME and held.get(name, value) != value:
+            if held.get(name, value) != value:
                 raise RunError(f"--resume: {out} was run with {name} = {held.get(name)!r}, not {value!r}")
     else:
         out.mkdir(parents=True, exist_ok=True)
@@ -585,15 +599,20 @@ def open_run(s: Settings, resume: bool) -> dict[str, Any] | None:
     return torch.load(checkpoint, weights_only=True, map_location=s.device) if checkpoint.exists() else None
 
 
-def train(s: Settings, resume: bool = False) -> list[dict[str, Any]]:
+def train(
+    s: Settings, resume: bool = False, after_epoch: Callable[[dict[str, Any]], None] | None = None
+) -> list[dict[str, Any]]:
     """Train, and leave config.json, metrics.jsonl and checkpoint.pt in ``s.out``; returns the metrics by epoch.
 
-    In a process of torchrun's that is not the first, the metrics lack the test set's part.
+    With ``keep_every``, also weights-<epoch>.pt, the state_dict of the model. ``after_epoch`` gets each epoch's
+    metrics, which are printed without it. In a process of torchrun's that is not the first, the metrics lack the test
+    set's part.
     """
     torch.set_num_threads(s.threads)
     out = Path(s.out)
     checkpoint = rank_0_first(lambda: open_run(s, resume))
     train_split, test_split = rank_0_first(lambda: load_data(s))
+    test_subset = test_split if s.eval_size is None else divide(test_split, s.eval_size, 0, "--eval-size")[0]
     normalize = Normalize(train_split.images)
     random.seed(s.seed)
     torch.manual_seed(s.seed)
@@ -620,12 +639,17 @@ def train(s: Settings, resume: bool = False) -> list[dict[str, Any]]:
         metrics.append({"epoch": epoch, "lr": lr, **row})
         if rank():
             continue
-        metrics[-1] |= evaluate(model, test_split, normalize)
+        metrics[-1] |= evaluate(model, test_split if epoch == s.epochs else test_subset, normalize)
         metrics[-1]["seconds"] = time.perf_counter() - start
         states = {name: holder.state_dict() for name, holder in kept.items()}
         save(out / "checkpoint.pt", {**states, "random": random_states(generator), "metrics": metrics})
+        if s.keep_every and epoch % s.keep_every == 0:
+            save(out / f"weights-{epoch:04}.pt", states["model"])
         write_metrics(out, metrics)
-        say(line(metrics[-1], s.epochs))
+        if after_epoch:
+            after_epoch(metrics[-1])
+        else:
+            say(line(metrics[-1], s.epochs))
     if not rank():
         write_metrics(out, metrics)
     return metrics

@@ -138,16 +138,30 @@ def test_no_data_and_no_network(tmp_path, monkeypatch, capsys):
         assert way in error
 
 
-def test_balanced_subset():
+def test_a_split_is_divided_evenly():
     split, _ = train.load_digits()
-    chosen = train.balanced_subset(split, 53, seed=1)
+    chosen, others = train.divide(split, 53, 1, "--train-size")
     counts = chosen.labels.bincount().tolist()
     assert sum(counts) == 53
     assert max(counts) - min(counts) == 1
-    assert torch.equal(chosen.images, train.balanced_subset(split, 53, seed=1).images)
-    assert not torch.equal(chosen.images, train.balanced_subset(split, 53, seed=2).images)
+    assert len(others.labels) == len(split.labels) - 53
+    assert torch.equal(torch.cat([chosen.images, others.images]).sum(0), split.images.sum(0))
+    assert torch.equal(chosen.images, train.divide(split, 53, 1, "--train-size")[0].images)
+    assert not torch.equal(chosen.images, train.divide(split, 53, 2, "--train-size")[0].images)
     with pytest.raises(train.DataError, match="--train-size 5000: expected at most"):
-        train.balanced_subset(split, 5000, seed=0)
+        train.divide(split, 5000, 0, "--train-size")
+
+
+def test_a_held_out_part_takes_the_test_sets_place():
+    held_out = []
+    for seed in ("0", "1"):
+        s = settings("--dataset", "digits", "--holdout", "100", "--train-size", "1000", "--seed", seed)
+        split, tested = train.load_data(s)
+        assert (len(split.labels), len(tested.labels)) == (1000, 100)
+        rows = {x.numpy().tobytes() for x in split.images}
+        assert not any(x.numpy().tobytes() in rows for x in tested.images)
+        held_out.append(tested.images)
+    assert torch.equal(*held_out)
 
 
 def test_augmentation_is_torchvisions():
@@ -357,6 +371,22 @@ def test_ctrl_c_ends_cleanly(tmp_path):
     assert "add --resume to go on" in error
     assert "Traceback" not in error
     assert metrics(out)
+
+
+def test_the_test_set_is_small_but_in_the_last_epoch(tmp_path, monkeypatch):
+    sizes, evaluate = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda m, split, n: sizes.append(len(split.labels)) or evaluate(m, split, n))
+    out = tmp_path / "run"
+    assert train.main([*TINY, "--epochs", "3", "--eval-size", "50", "--keep-every", "2", "--out", str(out)]) == 0
+    assert sizes == [50, 50, len(train.load_digits()[1].labels)]
+    assert [f.name for f in out.glob("weights-*.pt")] == ["weights-0002.pt"]
+    model = train.ARCHS["resnet18"](2)
+    model.load_state_dict(torch.load(out / "weights-0002.pt", weights_only=True))
+
+
+def test_the_config_holds_no_paths(tmp_path):
+    assert train.main([*TINY, "--epochs", "1", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]) == 0
+    assert str(tmp_path) not in (tmp_path / "run" / "config.json").read_text()
 
 
 def test_a_run_that_diverges_says_so(tmp_path, capsys):
