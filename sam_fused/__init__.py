@@ -2,6 +2,7 @@
 
 from .optimizer import FusedSAM
 from .reference import ReferenceSAM
+from .sharpness import Sharpness, loss_slice, measure_sharpness
 
-__all__ = ["FusedSAM", "ReferenceSAM"]
+__all__ = ["FusedSAM", "ReferenceSAM", "Sharpness", "loss_slice", "measure_sharpness"]
 __version__ = "0.1.0"
