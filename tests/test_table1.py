@@ -1,0 +1,184 @@
+"""benchmarks/table1.py: sweeps of tiny runs that are shared, cut, skipped, chosen from and reported."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = "--dataset digits --train-size 60 --width 2 --epochs 2 --batch-size 30 --eval-size 50 --holdout 60 --threads 1"
+SMALL = [*TINY.split(), "--archs", "vgg16", "--bases", "adam"]
+
+
+@pytest.fixture
+def table1(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import table1
+
+    return table1
+
+
+@pytest.fixture
+def trained(table1, monkeypatch):
+    """The names of the runs that were trained, in order."""
+    names, train = [], table1.train.train
+
+    def recorded(s, **options):
+        names.append(Path(s.out).name)
+        return train(s, **options)
+
+    monkeypatch.setattr(table1.train, "train", recorded)
+    return names
+
+
+def test_a_whole_sweep(table1, trained, tmp_path, capsys):
+    flags = [*TINY.split(), "--seeds", "0", "1", "--out", str(tmp_path)]
+    assert table1.main([*flags, "--epochs", "1"]) == 0
+    assert len(trained) == 16
+    assert "16 of 16 runs, 00:00 left" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "table1.csv").open()))
+    assert [(r["network"], r["optimizer"], r["n"]) for r in rows] == [
+        (arch, optimizer, "2") for arch in ("resnet18", "vgg16") for optimizer in ("sgd", "sgd+sam", "adam", "adam+sam")
+    ]
+    by_hand = [
+        100 * json.loads((tmp_path / f"vgg16-adam+sam-{seed}" / "metrics.jsonl").read_text())["test_acc"]
+        for seed in (0, 1)
+    ]
+    assert float(rows[-1]["mean"]) == pytest.approx(sum(by_hand) / 2)
+    assert float(rows[-1]["std"]) == pytest.approx(abs(by_hand[0] - by_hand[1]) / 2**0.5)
+    assert (tmp_path / "figure1.png").stat().st_size > 1000
+    assert (tmp_path / "figure2.png").stat().st_size > 1000
+
+
+def test_finished_runs_are_skipped_also_without_their_checkpoint(table1, trained, tmp_path, capsys):
+    flags = [*SMALL, "--seeds", "0", "--out", str(tmp_path)]
+    assert table1.main([*flags, "--max-runs", "1"]) == 0
+    (tmp_path / "vgg16-adam-0" / "checkpoint.pt").unlink()
+    assert table1.main(flags) == 0
+    assert trained == ["vgg16-adam-0", "vgg16-adam+sam-0"]
+    table = (tmp_path / "table1.md").read_text()
+    (tmp_path / "table1.md").unlink()
+    assert table1.main(["--report-only", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "table1.md").read_text() == table
+    assert len(trained) == 2
+    capsys.readouterr()
+    assert table1.main([*flags, "--width", "4"]) == 1
+    assert "was run with width = 2, not 4" in capsys.readouterr().err
+
+
+def test_a_cut_run_goes_on(tmp_path):
+    out = tmp_path / "sweep"
+    command = [sys.executable, str(BENCHMARKS / "table1.py"), *SMALL, "--seeds", "0", "--out", str(out)]
+    command += ["--epochs", "12"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "vgg16-adam-0" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    plan = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True).stdout
+    assert "of 12 epochs" in plan
+    done = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "2 of 2 runs" in done
+    seconds = [json.loads(x)["seconds"] for x in (out / "vgg16-adam-0" / "metrics.jsonl").read_text().splitlines()]
+    assert len(seconds) == 12
+
+
+def test_a_run_that_another_process_has_is_left_to_it(table1, trained, tmp_path, capsys):
+    flags = [*SMALL, "--seeds", "0", "1", "--out", str(tmp_path)]
+    run = table1.plan(table1.parse(flags))[-1][0]
+    with run.locked() as mine:
+        assert mine
+        assert table1.main(flags) == 0
+        assert run.name == "vgg16-adam-0"
+        assert trained == ["vgg16-adam+sam-0", "vgg16-adam-1", "vgg16-adam+sam-1"]
+        table1.main([*flags, "--dry-run"])
+        assert "to do, with a process" in capsys.readouterr().out
+    assert table1.main(flags) == 0
+    assert trained[3:] == ["vgg16-adam-0"]
+
+
+def test_two_processes_share_a_sweep(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "table1.py"), *SMALL, "--out", str(tmp_path), "--recipe", "fair"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = "".join(process.communicate(timeout=120)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    names = [line.split(":")[0] for line in printed.splitlines() if " runs, " in line]
+    assert len(names) == len(set(names)) == 12
+
+
+def test_the_fair_recipe_takes_the_best_of_its_grids(table1, trained, tmp_path, monkeypatch):
+    flags = [*SMALL, "--recipe", "fair", "--seeds", "0", "--out", str(tmp_path)]
+    table1.main([*flags, "--max-runs", "3"])
+    for lr, accuracy in (("0.0003", 0.3), ("0.001", 0.2), ("0.003", 0.9)):
+        path = tmp_path / "grid" / f"vgg16-adam-lr{lr}" / "metrics.jsonl"
+        rows = [json.loads(x) for x in path.read_text().splitlines()]
+        rows[-1]["test_acc"] = accuracy
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {run.settings.lr for run in table1.plan(table1.parse(flags))[1]} == {3e-3}
+    table1.main([*flags, "--max-runs", "3"])
+    (tmp_path / "grid" / "vgg16-adam+sam-rho0.05" / "failed.txt").write_text("the training loss is nan\n")
+    stages = table1.plan(table1.parse(flags))
+    assert [len(stage) for stage in stages] == [3, 3, 2]
+    base, sam = (run.settings for run in stages[2])
+    assert (base.lr, base.rho, base.holdout) == (3e-3, 0, None)
+    assert sam.lr == 3e-3
+    assert sam.rho in (0.015, 0.15)
+    assert {run.settings.holdout for run in stages[0] + stages[1]} == {60}
+    assert base.seed not in {run.settings.seed for run in stages[0] + stages[1]}
+    table1.main(flags)
+    assert len(trained) == 8
+    text = (tmp_path / "table1.md").read_text()
+    assert "# Table I, recipe fair" in text
+    assert "0.0003: 30.00%, 0.001: 20.00%, 0.003: 90.00%" in text
+
+
+def test_a_run_that_diverges_does_not_end_the_sweep(table1, trained, tmp_path, monkeypatch, capsys):
+    epoch = table1.train.train_epoch
+
+    def train_epoch(s, *args):
+        if s.rho == 0:
+            raise FloatingPointError("the training loss is nan at batch 0")
+        return epoch(s, *args)
+
+    monkeypatch.setattr(table1.train, "train_epoch", train_epoch)
+    flags = [*SMALL, "--seeds", "0", "--out", str(tmp_path)]
+    assert table1.main(flags) == 0
+    assert table1.main(flags) == 0
+    assert trained == ["vgg16-adam-0", "vgg16-adam+sam-0"]
+    printed = capsys.readouterr().out
+    assert "vgg16-adam-0: the training loss is nan" in printed
+    assert "Not in the table: vgg16-adam-0, 0 of 2 epochs" in printed
+
+
+def test_the_paper_preset_is_the_papers(table1, capsys):
+    for recipe, rho, lr in (("paper-text", 0.05, 0.1), ("paper-code", 2.0, 1e-3)):
+        runs = table1.plan(table1.parse(["--preset", "paper", "--recipe", recipe]))[-1]
+        assert len(runs) == 24
+        assert len({run.folder for run in runs}) == 24
+        s = next(run.settings for run in runs if run.name == "resnet18-sgd+sam-2")
+        assert (s.width, s.epochs, s.batch_size, s.train_size, s.holdout) == (64, 200, 128, None, None)
+        assert (s.rho, s.lr, s.seed) == (rho, lr, 2)
+
+
+def test_the_paired_interval(table1):
+    """By hand: differences 1, 2, 6; mean 3, deviation sqrt(7); t(0.975, 2) = 4.3027."""
+    import table1_report
+
+    base = table1_report.Cell("vgg16", "sgd", {0: 10.0, 1: 20.0, 2: 30.0, 3: 99.0})
+    sam = table1_report.Cell("vgg16", "sgd+sam", {0: 11.0, 1: 22.0, 2: 36.0})
+    n, mean, (low, high) = table1_report.paired(base, sam)
+    assert (n, mean) == (3, 3)
+    assert (low, high) == (pytest.approx(3 - 4.302653 * (7 / 3) ** 0.5), pytest.approx(3 + 4.302653 * (7 / 3) ** 0.5))
+
+
+def test_an_empty_folder(table1, tmp_path, capsys):
+    assert table1.main(["--report-only", "--out", str(tmp_path)]) == 1
+    assert "holds no runs" in capsys.readouterr().err
