@@ -145,12 +145,13 @@ def header(results: list[Result], recipe: str) -> list[str]:
         return ", ".join(sorted({f"{getattr(r, source)[name]}" for r in results}))
 
     s = results[0].settings
+    widths = {r.settings["arch"]: f"{r.settings['width']} ({NETWORKS[r.settings['arch']]})" for r in results}
     size = "all" if s["train_size"] is None else f"{s['train_size']:,}"
     tested = ", all but the last epoch tested on a fixed subset" if s["eval_size"] else ""
     return [
         f"# Table I, recipe {recipe}",
         "",
-        f"{s['dataset']}, {size} training images, width {values('width')}, {values('epochs')} epochs, batch "
+        f"{s['dataset']}, {size} training images, width {', '.join(widths.values())}, {values('epochs')} epochs, batch "
         f"{values('batch_size')}{tested}; torch {values('torch', 'environment')}, "
         f"{values('gpu', 'environment') if s['device'] != 'cpu' else values('cpu', 'environment')}.",
         "",

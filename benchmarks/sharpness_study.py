@@ -1,0 +1,277 @@
+"""What the sharpness of table1.py's networks says: by the gradient, by the loss it rises to, and on average.
+
+    python benchmarks/table1.py --preset cpu --recipe fair --data DIR --keep-every 1 --out runs/cpu-fair
+    python benchmarks/sharpness_study.py --runs runs/cpu-fair --data DIR
+    python benchmarks/sharpness_study.py --runs results/cpu-fair --report-only
+
+The loss is the mean over a fixed part of a run's own training images, not augmented, in batches of the run's size, with
+BatchNorm in training mode: what training sees. The geometry (SAM or ASAM) and the rho of the curves over training are
+the recipe's. Writes sharpness.json, sharpness.md and three figures to --runs: sharpness_training.png,
+sharpness_rho.png (at the last epoch), sharpness_loss.png (what training recorded, against the training loss).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from table1_report import NETWORKS, OPTIMIZERS, STYLE, Result, band, plt, read_results
+
+import train
+from sam_fused import loss_slice, measure_sharpness
+from sam_fused.sharpness import KINDS
+
+RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # ten times as much for ASAM
+TOLERANCE = 0.2  # Proposition 1 holds while the realised rise is within this of the first-order one
+
+
+def recipe_of(settings: dict[str, Any]) -> tuple[float, bool]:
+    recipe = train.RECIPES[settings["recipe"]]
+    return recipe["rho"], recipe["adaptive"]
+
+
+# ---- measuring ----
+
+
+def batches_of(r: Result, args: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """``--images`` of the run's training images, in batches of its size; all batches are full."""
+    s = dataclasses.replace(train.settle(train.parse([])), **{**r.settings, "data": args.data, "device": "cpu"})
+    split, _ = train.load_data(s)
+    normalize = train.Normalize(split.images)
+    n = min(args.images, len(split.labels)) // s.batch_size * s.batch_size
+    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(0))[:n]
+    return [(normalize(split.images[i]), split.labels[i]) for i in order.split(s.batch_size)]
+
+
+def measure(r: Result, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each epoch that is measured; the last one's has the values by rho."""
+    s = r.settings
+    rho, adaptive = recipe_of(s)
+    batches = batches_of(r, args)
+    model = train.ARCHS[s["arch"]](s["width"]).to(memory_format=torch.channels_last).train()
+    common = {"model": model, "batches": batches, "adaptive": adaptive}
+    common["loss_fn"] = lambda logits, y: F.cross_entropy(logits, y, label_smoothing=s["label_smoothing"])
+
+    def average(at: float) -> tuple[float, float | None]:
+        generator = torch.Generator().manual_seed(0)
+        return measure_sharpness(**common, rho=at, kind="average", directions=args.directions, generator=generator)
+
+    rows = []
+    for epoch in [e for e in range(1, s["epochs"] + 1) if e == 1 or e % args.every == 0 or e == s["epochs"]]:
+        path = args.runs / r.name / f"weights-{epoch:04}.pt"
+        if not path.exists():
+            raise train.RunError(f"{path} is not there: train with table1.py --keep-every 1")
+        model.load_state_dict(torch.load(path, weights_only=True))
+        row = {kind: measure_sharpness(**common, rho=rho, kind=kind).value for kind in KINDS[:2]}
+        row["average"], row["standard_error"] = average(rho)
+        rows.append({"epoch": epoch, **row})
+    radii = [10 * x if adaptive else x for x in RHOS]
+    start, *losses = loss_slice(**common, radii=[0.0, *radii])
+    slope = rows[-1]["first_order"] / rho
+    rows[-1]["by_rho"] = [
+        {"rho": at, "first_order": slope * at, "realised": loss - start, "average": average(at)[0]}
+        for at, loss in zip(radii, losses, strict=True)
+    ]
+    return rows
+
+
+def study(args: argparse.Namespace, results: list[Result]) -> dict[str, list[dict[str, Any]]]:
+    """By the run's name. What sharpness.json has already is not measured again."""
+    path = args.runs / "sharpness.json"
+    held = json.loads(path.read_text()) if path.exists() else {}
+    for r in tqdm([r for r in results if r.name not in held], desc="sharpness", disable=None):
+        torch.set_num_threads(args.threads)
+        held[r.name] = measure(r, args)
+        train.save(path, json.dumps(held, indent=1))
+    return held
+
+
+# ---- reporting ----
+
+TITLES = {"first_order": "first order", "realised": "realised", "average": "average"}
+
+
+def by_cell(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
+    cells = {(arch, optimizer): [] for arch in NETWORKS for optimizer in OPTIMIZERS}
+    for r in results:
+        cells[r.cell].append(r)
+    return {cell: runs for cell, runs in cells.items() if runs}
+
+
+def ratios(held: dict[str, Any], runs: list[Result]) -> dict[float, float]:
+    """By rho: realised over first-order sharpness at the last epoch, mean over the seeds."""
+    by_rho: dict[float, list[float]] = {}
+    for r in runs:
+        for row in held[r.name][-1]["by_rho"]:
+            by_rho.setdefault(row["rho"], []).append(row["realised"] / row["first_order"])
+    return {rho: statistics.mean(values) for rho, values in by_rho.items()}
+
+
+def reach(by_rho: dict[float, float]) -> float | None:
+    """The largest rho up to which the ratio stays within TOLERANCE of 1."""
+    last = None
+    for rho, ratio in sorted(by_rho.items()):
+        if abs(ratio - 1) > TOLERANCE:
+            break
+        last = rho
+    return last
+
+
+def peak(r: Result) -> tuple[int, float]:
+    """The epoch of the highest recorded sharpness, and that over the first epoch's."""
+    values = r.sharpness("sharpness", 1.0)
+    return 1 + values.index(max(values)), max(values) / values[0]
+
+
+def markdown(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], rho: float, adaptive: bool) -> str:
+    def mean(values: Any) -> float:
+        return statistics.mean(values)
+
+    kind = "ASAM" if adaptive else "SAM"
+    lines = [
+        f"# Sharpness, {kind} geometry",
+        "",
+        f"After the last epoch, at rho {rho:g}, means over the seeds. Recorded: what training measured, a batch at a "
+        "time. The others: of the loss over many training images.",
+        "",
+        "| | | n | train loss | recorded | first order | realised | average |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (arch, optimizer), runs in cells.items():
+        last = [held[r.name][-1] for r in runs]
+        values = [mean(r.sharpness("sharpness", rho)[-1] for r in runs)] + [mean(x[k] for x in last) for k in KINDS]
+        lines.append(
+            f"| {NETWORKS[arch]} | {OPTIMIZERS[optimizer]} | {len(runs)} | "
+            f"{mean(r.metrics[-1]['train_loss'] for r in runs):.3f} | " + " | ".join(f"{v:.4g}" for v in values) + " |"
+        )
+    rhos = [row["rho"] for row in next(iter(held.values()))[-1]["by_rho"]]
+    lines += [
+        "",
+        f"Realised over first-order sharpness by rho, and the largest rho up to which it stays within "
+        f"{TOLERANCE:.0%} of 1:",
+        "",
+        "| | | " + " | ".join(f"{x:g}" for x in rhos) + " | holds up to |",
+        "|---|---|" + "---|" * (len(rhos) + 1),
+    ]
+    for (arch, optimizer), runs in cells.items():
+        by_rho = ratios(held, runs)
+        numbers = " | ".join(f"{by_rho[x]:.2f}" for x in rhos)
+        up_to = reach(by_rho)
+        end = f"less than {rhos[0]:g}" if up_to is None else f"{up_to:g}"
+        lines.append(f"| {NETWORKS[arch]} | {OPTIMIZERS[optimizer]} | {numbers} | {end} |")
+    lines += [
+        "",
+        "When the recorded sharpness is highest: the epoch, and how many times the first epoch's it is, by seed:",
+        "",
+        "| | | epoch | over the first | last over the first |",
+        "|---|---|---|---|---|",
+    ]
+    for (arch, optimizer), runs in cells.items():
+        peaks = [peak(r) for r in runs]
+        ends = [r.sharpness("sharpness", 1.0)[-1] / r.sharpness("sharpness", 1.0)[0] for r in runs]
+        lines.append(
+            f"| {NETWORKS[arch]} | {OPTIMIZERS[optimizer]} | {', '.join(str(e) for e, _ in peaks)} | "
+            f"{', '.join(f'{x:.2f}' for _, x in peaks)} | {', '.join(f'{x:.2f}' for x in ends)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw_training(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], rho: float, path: Path) -> None:
+    figure, panels = plt.subplots(2, 3, figsize=(12, 7), layout="constrained", sharex=True, sharey="row")
+    for row, (arch, network) in zip(panels, NETWORKS.items(), strict=True):
+        for axes, kind in zip(row, KINDS, strict=True):
+            for (_, optimizer), runs in ((cell, runs) for cell, runs in cells.items() if cell[0] == arch):
+                epochs = [x["epoch"] for x in held[runs[0].name]]
+                band(
+                    axes,
+                    [[x[kind] for x in held[r.name]] for r in runs],
+                    STYLE[optimizer],
+                    OPTIMIZERS[optimizer],
+                    epochs,
+                )
+            axes.set(title=f"{network}, {TITLES[kind]}", yscale="log")
+            axes.grid(alpha=0.3)
+        row[0].set(ylabel=f"sharpness at rho = {rho:g}")
+    for axes in panels[-1]:
+        axes.set(xlabel="epoch")
+    panels[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_rho(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], path: Path) -> None:
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for axes, (arch, network) in zip(panels, NETWORKS.items(), strict=True):
+        axes.axhspan(1 - TOLERANCE, 1 + TOLERANCE, color="k", alpha=0.07, linewidth=0)
+        axes.axhline(1, color="k", linewidth=0.8)
+        for (_, optimizer), runs in ((cell, runs) for cell, runs in cells.items() if cell[0] == arch):
+            by_rho = ratios(held, runs)
+            axes.loglog(by_rho.keys(), by_rho.values(), STYLE[optimizer], marker=".", label=OPTIMIZERS[optimizer])
+        axes.set(xlabel="rho", title=network)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="realised / first-order sharpness, last epoch")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_loss(cells: dict[tuple[str, str], list[Result]], rho: float, path: Path) -> None:
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for axes, (arch, network) in zip(panels, NETWORKS.items(), strict=True):
+        for (_, optimizer), runs in ((cell, runs) for cell, runs in cells.items() if cell[0] == arch):
+            losses = [
+                statistics.mean(x) for x in zip(*([m["train_loss"] for m in r.metrics] for r in runs), strict=True)
+            ]
+            values = [statistics.mean(x) for x in zip(*(r.sharpness("sharpness", rho) for r in runs), strict=True)]
+            axes.plot(losses, values, STYLE[optimizer], marker=".", markersize=3, label=OPTIMIZERS[optimizer])
+        axes.set(xlabel="training loss (training goes to the left)", title=network, yscale="log")
+        axes.invert_xaxis()
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel=f"recorded sharpness of a batch at rho = {rho:g}")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--runs", type=Path, required=True, metavar="DIR", help="where table1.py left its runs")
+    p.add_argument("--data", metavar="DIR", help="as in train.py")
+    p.add_argument("--report-only", action="store_true", help="make the tables and figures of sharpness.json")
+    p.add_argument("--images", type=int, default=512, metavar="N", help="that the loss is over")
+    p.add_argument("--every", type=int, default=4, metavar="K", help="measure the first, every K-th and the last epoch")
+    p.add_argument("--directions", type=int, default=5, metavar="M", help="of the average")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = p.parse_args(argv)
+    try:
+        results = [r for r in read_results(args.runs) if r.finished]
+        if not results:
+            raise train.RunError(f"{args.runs} holds no finished runs of table1.py")
+        rho, adaptive = recipe_of(results[0].settings)
+        path = args.runs / "sharpness.json"
+        held = json.loads(path.read_text()) if args.report_only else study(args, results)
+    except (train.DataError, train.RunError, OSError, ValueError) as error:
+        print(f"sharpness_study.py: {error}", file=sys.stderr)
+        return 1
+    cells = by_cell([r for r in results if r.name in held])
+    text = markdown(held, cells, rho, adaptive)
+    train.save(args.runs / "sharpness.md", text)
+    draw_training(held, cells, rho, args.runs / "sharpness_training.png")
+    draw_rho(held, cells, args.runs / "sharpness_rho.png")
+    draw_loss(cells, rho, args.runs / "sharpness_loss.png")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""benchmarks/sharpness_study.py on the networks of a tiny sweep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = "--dataset digits --train-size 60 --width 2 --epochs 3 --batch-size 30 --eval-size 50 --threads 1 --seeds 0"
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sharpness_study
+
+    return sharpness_study
+
+
+def test_the_study_of_a_sweep(study, tmp_path, capsys):
+    import table1
+
+    assert table1.main([*TINY.split(), "--keep-every", "1", "--out", str(tmp_path)]) == 0
+    flags = ["--runs", str(tmp_path), "--threads", "1"]
+    assert study.main([*flags, "--images", "60", "--every", "2", "--directions", "2"]) == 0
+    held = json.loads((tmp_path / "sharpness.json").read_text())
+    assert len(held) == 8
+    rows = held["vgg16-adam-0"]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    by_rho = {row["rho"]: row for row in rows[-1]["by_rho"]}
+    assert by_rho[0.05]["first_order"] == pytest.approx(rows[-1]["first_order"], rel=1e-6)
+    assert by_rho[0.05]["realised"] == pytest.approx(rows[-1]["realised"], rel=1e-3, abs=1e-6)
+    assert by_rho[1.0]["first_order"] == pytest.approx(100 * by_rho[0.01]["first_order"])
+    for name in ("sharpness_training.png", "sharpness_rho.png", "sharpness_loss.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+    text = (tmp_path / "sharpness.md").read_text()
+    assert text.count("| VGG16 | Adam + SAM |") == 3
+    for path in tmp_path.glob("*/*.pt"):
+        path.unlink()
+    (tmp_path / "sharpness.md").unlink()
+    assert study.main([*flags, "--report-only"]) == 0
+    assert (tmp_path / "sharpness.md").read_text() == text
+    (tmp_path / "sharpness.json").unlink()
+    capsys.readouterr()
+    assert study.main(flags) == 1
+    assert "train with table1.py --keep-every 1" in capsys.readouterr().err
+
+
+def test_where_the_proposition_holds(study):
+    assert study.reach({0.01: 1.02, 0.1: 1.19, 1.0: 1.21, 2.0: 1.0}) == 0.1
+    assert study.reach({0.01: 0.7}) is None
+
+
+def test_the_highest_epoch(study):
+    metrics = [{"sharpness": x} for x in (2.0, 5.0, 3.0)]
+    result = study.Result("run", {"measure_rho": 0.05, "epochs": 3}, {}, metrics)
+    assert study.peak(result) == (2, pytest.approx(2.5))
+
+
+def test_the_batches_are_the_runs_own_images(study, tmp_path):
+    """Normalised, so compared by their number and labels; full batches only."""
+    import argparse
+
+    import train
+
+    flags = "--dataset digits --train-size 100 --batch-size 30 --seed 1"
+    s = train.settle(train.parse(flags.split()))
+    settings = {k: v for k, v in vars(s).items() if k not in train.FREE_ON_RESUME}
+    result = study.Result("run", settings, {}, [])
+    batches = study.batches_of(result, argparse.Namespace(images=80, data=None))
+    assert [x.shape for x, _ in batches] == [(30, 3, 32, 32)] * 2
+    train_split, _ = train.load_data(s)
+    normal = {x.numpy().tobytes() for x in train.Normalize(train_split.images)(train_split.images)}
+    assert all(x.contiguous().numpy().tobytes() in normal for x in torch.cat([x for x, _ in batches]))
