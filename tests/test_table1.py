@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -73,22 +71,27 @@ def test_finished_runs_are_skipped_also_without_their_checkpoint(table1, trained
     assert "was run with width = 2, not 4" in capsys.readouterr().err
 
 
-def test_a_cut_run_goes_on(tmp_path):
-    out = tmp_path / "sweep"
-    command = [sys.executable, str(BENCHMARKS / "table1.py"), *SMALL, "--seeds", "0", "--out", str(out)]
-    command += ["--epochs", "12"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "vgg16-adam-0" / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    plan = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True).stdout
-    assert "of 12 epochs" in plan
-    done = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "2 of 2 runs" in done
-    seconds = [json.loads(x)["seconds"] for x in (out / "vgg16-adam-0" / "metrics.jsonl").read_text().splitlines()]
-    assert len(seconds) == 12
+def test_a_cut_run_goes_on(table1, trained, tmp_path, monkeypatch, capsys):
+    flags = [*SMALL, "--seeds", "0", "--out", str(tmp_path)]
+    evaluate, calls = table1.train.evaluate, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(table1.train, "evaluate", interrupted)
+    assert table1.main(flags) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    first = (tmp_path / "vgg16-adam-0" / "metrics.jsonl").read_text()
+    table1.main([*flags, "--dry-run"])
+    assert "1 of 2 epochs" in capsys.readouterr().out
+    assert table1.main(flags) == 0
+    assert trained == ["vgg16-adam-0", "vgg16-adam-0", "vgg16-adam+sam-0"]
+    rows = (tmp_path / "vgg16-adam-0" / "metrics.jsonl").read_text()
+    assert rows.startswith(first)  # the seconds with it: the first epoch was not trained again
+    assert rows.count("\n") == 2
 
 
 def test_a_run_that_another_process_has_is_left_to_it(table1, trained, tmp_path, capsys):
