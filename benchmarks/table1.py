@@ -121,12 +121,16 @@ class Run:
 
 
 def make_run(args: argparse.Namespace, name: str, **flags: Any) -> Run:
-    shared = ("dataset", "data", "device", "threads", "keep_every", *PRESETS["paper"])
+    shared = ("dataset", "data", "device", "threads", "amp", "compile", "keep_every", *PRESETS["paper"])
     flags = {**{k: getattr(args, k) for k in shared}, "holdout": None, **flags}
     if isinstance(flags["width"], dict):
         flags["width"] = flags["width"][flags["arch"]]
     flags["recipe"] = "paper-text" if args.recipe == "fair" else args.recipe
-    words = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items() if v is not None]
+    words = [
+        f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}")
+        for k, v in flags.items()
+        if v is not None and v is not False
+    ]
     return Run(name, train.settle(train.parse([*words, f"--out={args.out / name}"])))
 
 
@@ -260,7 +264,7 @@ def seconds_of(s: train.Settings) -> tuple[float, float]:
                 torch.cuda.synchronize()
         return (time.perf_counter() - start) / rounds
 
-    step = timed(lambda: train.train_step(s, model, opt, normalize(images), labels, 0))
+    step = timed(lambda: train.train_step(s, opt, normalize(images), labels, 0))
     test = timed(lambda: train.evaluate(model, train.Split(images, labels), normalize))
     return step, test / s.batch_size
 
@@ -311,6 +315,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--data", metavar="DIR")
     g.add_argument("--device", default="cpu")
     g.add_argument("--threads", type=int, default=torch.get_num_threads())
+    g.add_argument("--amp", choices=sorted(train.AMP))
+    g.add_argument("--compile", action="store_true")
     g.add_argument("--keep-every", type=int, metavar="K")
     for name in PRESETS["paper"]:
         g.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
