@@ -9,8 +9,9 @@ Recipes paper-text and paper-code are train.py's. fair is paper-text with each b
 chosen for each network on a held-out part of the training set, from the grids that are printed with the table.
 
 A run has its folder in --out: a finished one is skipped, also when only its config.json and metrics.jsonl are left, and
-one that was cut goes on. Processes that share --out share the sweep; several with --threads 1 get more out of a CPU
-than one with more threads, at small widths. Writes table1.md, table1.csv, figure1.png and figure2.png to --out.
+one that was cut goes on; one that diverged leaves failed.txt and is skipped too, until that is removed. Processes that
+share --out share the sweep; several with --threads 1 get more out of a CPU than one with more threads, at small widths.
+Writes table1.md, table1.csv, figure1.png and figure2.png to --out.
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ def grid_lines(out: Path, option: str) -> list[str]:
         if (option == "rho") == (r.settings["rho"] > 0):
             rows.setdefault(r.cell, {})[r.settings[option]] = r
     lines = []
-    for (arch, optimizer), by_value in sorted(rows.items(), reverse=True):
+    for arch, optimizer in [cell for cell in PAPER if cell in rows]:
+        by_value = rows[arch, optimizer]
         scores = [
             f"{value:g}: {r.metrics[-1]['test_acc']:.2%}" if r.finished else f"{value:g}: diverged"
             for value, r in sorted(by_value.items())
