@@ -23,7 +23,12 @@ except ImportError as error:  # FusedSAM raises it where it is constructed
 BUILD_COMMAND = "pip install --no-build-isolation -e ."
 
 
-_Place = tuple[torch.device, Hashable]  # what the tensors of one operator call share: device, placement on a mesh
+_Place = tuple[torch.device, Hashable]
+
+
+def _place(p: Tensor) -> _Place:
+    """What the tensors of one operator call share: the device, and the placement on a mesh."""
+    return p.device, placement(p)
 
 
 class _Lists:
@@ -93,7 +98,7 @@ def _ascent_row(group: dict[str, Any], fresh: bool) -> tuple[float, ...]:
 
 
 def _lists_for(lists: dict[Hashable, _Lists], p: Tensor, update: Update | None = None) -> _Lists:
-    place = p.device, placement(p)
+    place = _place(p)
     key = place, update
     if key not in lists:
         lists[key] = _Lists(place, update)

@@ -127,9 +127,19 @@ def test_the_error_names_the_sparse_gradient():
         opt.first_step()
 
 
-def test_a_perturbation_that_fails_halfway_is_undone(monkeypatch):
+def alternate_places(monkeypatch):
+    """Every second parameter is taken to be on another device; returns the places by the id of the parameter."""
     places = {}
-    monkeypatch.setattr(sam_fused.optimizer, "_place", lambda p: places.setdefault(id(p), len(places) % 2))
+
+    def place(p):
+        return places.setdefault(id(p), (torch.device("cpu:0" if len(places) % 2 else "cpu"), None))
+
+    monkeypatch.setattr(sam_fused.optimizer, "_place", place)
+    return places
+
+
+def test_a_perturbation_that_fails_halfway_is_undone(monkeypatch):
+    places = alternate_places(monkeypatch)
     params = awkward(torch.float32)
     opt = FusedSAM(params, rho=1.0)
     set_grads(params, 0)
@@ -518,8 +528,7 @@ def test_a_step_allocates_nothing_but_the_backup():
 
 def test_several_devices(monkeypatch):
     """Parameters on two devices go into two calls, with one norm. (The CPU stands in for both.)"""
-    places = {}
-    monkeypatch.setattr(sam_fused.optimizer, "_place", lambda p: places.setdefault(id(p), len(places) % 2))
+    places = alternate_places(monkeypatch)
     lockstep([{"params": awkward(torch.float64)}], torch.optim.Adam, {}, skips=[({0}, {4, 5}), ({6}, {1})], steps=6)
     assert len(places) > 2
 
