@@ -139,7 +139,7 @@ def alternate_places(monkeypatch):
 
 
 def test_a_perturbation_that_fails_halfway_is_undone(monkeypatch):
-    places = alternate_places(monkeypatch)
+    alternate_places(monkeypatch)
     params = awkward(torch.float32)
     opt = FusedSAM(params, rho=1.0)
     set_grads(params, 0)
