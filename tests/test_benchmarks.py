@@ -41,6 +41,20 @@ def test_bench_train(tmp_path):
     assert "torchvision transforms, DataLoader" in printed
 
 
+def test_features():
+    """What the table says of FusedSAM; the probes of the others are asked of pytorch_optimizer's SAM alone."""
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "features.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    header, _, *rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    assert header[0] == "FusedSAM"
+    assert header[1].startswith("pytorch_optimizer")
+    answers = {row[0]: row[1] for row in rows}
+    assert int(answers.pop("operator calls a step, ResNet-18 + Adam").split()[0]) < 20
+    assert len(answers) == 20
+    assert not {name: words for name, words in answers.items() if not words.startswith("yes")}
+    assert any(row[2].startswith("no") for row in rows)
+
+
 def test_the_rivals_compute_the_same(monkeypatch):
     """A rival that did less would be no rival: one step of each from the same weights and gradients."""
     import torch
