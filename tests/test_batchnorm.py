@@ -118,3 +118,15 @@ def test_after_an_exception_they_are_as_the_first_forward_left_them(cls, when):
         opt.step(closure)
     assert all(torch.equal(a, b) for a, b in zip(statistics(model), after_first, strict=True))
     assert all(m.track_running_stats for m in (model[1], model[4]))
+
+
+def test_every_kind_of_batchnorm_stands_still():
+    kinds = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm]
+    model = nn.Sequential(*(kind(3) for kind in kinds), nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm(3))
+    opt = FusedSAM(model.parameters(), model=model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.first_step()
+    assert not any(m.track_running_stats for m in model[:5])
+    opt.second_step()
+    assert [m.track_running_stats for m in model[:5]] == [True, True, True, True, False]
