@@ -1,0 +1,72 @@
+"""Every Python block of the README runs, with the names that its reader would have.
+
+A block whose first line is ``# torchrun --nproc-per-node N`` is a script of its own and runs in N processes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sam_fused import FusedSAM
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = re.compile(r"# torchrun --nproc-per-node (\d+)\n")
+
+
+def blocks() -> dict[str, str]:
+    """By the line that they begin on."""
+    text = (ROOT / "README.md").read_text()
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return {f"line {text.count(chr(10), 0, block.start()) + 2}": block[1] for block in found}
+
+
+SCRIPTS = {line: block for line, block in blocks().items() if TORCHRUN.match(block)}
+SNIPPETS = {line: block for line, block in blocks().items() if line not in SCRIPTS}
+
+
+@pytest.mark.filterwarnings("error:.*without SAM")
+@pytest.mark.parametrize("line", SNIPPETS)
+def test_snippet(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(10, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    names = {
+        "torch": torch,
+        "FusedSAM": FusedSAM,
+        "device": "cpu",
+        "model": model,
+        "x": torch.randn(8, 10),
+        "y": torch.randint(2, (8,)),
+        "loss_fn": torch.nn.functional.cross_entropy,
+        "opt": FusedSAM(model.parameters()),
+    }
+    exec(compile(SNIPPETS[line], f"README.md, {line}", "exec"), names)
+    opt = names["opt"]
+    assert not getattr(opt, "optimizer", opt).perturbed
+
+
+@pytest.mark.parametrize("line", SCRIPTS)
+def test_script(line, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPTS[line])
+    number = TORCHRUN.match(SCRIPTS[line])[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number, str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_blocks_are_found():
+    assert len(SNIPPETS) >= 6
+    assert len(SCRIPTS) >= 2
