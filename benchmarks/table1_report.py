@@ -18,6 +18,7 @@ import train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 #: Test accuracy in %, mean and standard deviation over three seeds: Table I of the paper.
 PAPER = {
@@ -161,7 +162,7 @@ def header(results: list[Result], recipe: str) -> list[str]:
     ]
 
 
-def markdown(out: Path, results: list[Result], recipe: str) -> str:
+def markdown(out: Path, results: list[Result], recipe: str, common_rho: float) -> str:
     cells = cells_of(results)
     lines = header(results, recipe)
     lines += [
@@ -196,7 +197,7 @@ def markdown(out: Path, results: list[Result], recipe: str) -> str:
         "",
         "The last epoch, means over the seeds; sharpness is the mean of the epoch's batches:",
         "",
-        "| | | lr | rho | train loss | train accuracy | test loss | sharpness |",
+        f"| | | lr | rho | train loss | train accuracy | test loss | sharpness at rho = {common_rho:g} |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arch, network in NETWORKS.items():
@@ -209,11 +210,11 @@ def markdown(out: Path, results: list[Result], recipe: str) -> str:
                 key: statistics.mean(r.metrics[-1][key] for r in runs)
                 for key in ("train_loss", "train_acc", "test_loss")
             }
-            sharpness = statistics.mean(r.sharpness("sharpness", s["measure_rho"])[-1] for r in runs)
+            sharpness = statistics.mean(r.sharpness("sharpness", common_rho)[-1] for r in runs)
             rho = f"{s['rho']:g}" + (" (ASAM)" if s["adaptive"] else "") if s["rho"] else "-"
             lines.append(
                 f"| {network} | {name} | {s['lr']:g} | {rho} | {mean['train_loss']:.3f} | {mean['train_acc']:.1%} | "
-                f"{mean['test_loss']:.3f} | {sharpness:.4f} at {s['measure_rho']:g} |"
+                f"{mean['test_loss']:.3f} | {sharpness:.4f} |"
             )
     chosen = [*grid_lines(out, "lr"), *grid_lines(out, "rho")]
     if chosen:
@@ -264,6 +265,14 @@ def band(
         axes.fill_between(epochs, low, high, color=style[:2], alpha=0.15, linewidth=0)
 
 
+def log_scale(axes: plt.Axes) -> None:
+    """Of the values axis, with plain numbers: 0.1, 0.2, 0.5, 1."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def draw(results: list[Result], path: Path, key: str, ylabel: str, rho: float) -> None:
     figure, panels = plt.subplots(1, len(NETWORKS), figsize=(11, 4.2), layout="constrained")
     for axes, (arch, network) in zip(panels, NETWORKS.items(), strict=True):
@@ -289,7 +298,7 @@ def draw(results: list[Result], path: Path, key: str, ylabel: str, rho: float) -
                 band(axes, curves, STYLE[optimizer], name)
         axes.set(xlabel="epoch", ylabel=ylabel, title=network)
         if key == "sharpness":
-            axes.set_yscale("log")
+            log_scale(axes)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
@@ -304,7 +313,7 @@ def report(out: Path) -> str:
         raise train.RunError(f"{out} holds no runs")
     recipe = "fair" if (out / "grid").is_dir() else results[0].settings["recipe"]
     rho = train.RECIPES[results[0].settings["recipe"]]["rho"]
-    text = markdown(out, results, recipe)
+    text = markdown(out, results, recipe, rho)
     train.save(out / "table1.md", text)
     train.save(out / "table1.csv", comma_separated(results))
     draw(results, out / "figure1.png", "test_acc", "test accuracy, %", rho)
