@@ -1,9 +1,21 @@
-"""Builds sam_fused._C against the torch that is installed: pip install --no-build-isolation -e ."""
+"""Builds sam_fused._C against the torch that is installed: pip install --no-build-isolation -e .
 
+CUDA kernels are built when an nvcc of torch's CUDA version is found. SAM_FUSED_CUDA=1 makes it an error when none is;
+SAM_FUSED_CUDA=0 builds without. CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
 
@@ -20,15 +32,92 @@ CXX_FLAGS = [
     "-Wall",
     "-Wno-psabi",
 ]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--threads=0", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-Wall"]
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "sam_fused._C",
-            ["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/module.cpp"],
-            depends=[str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").glob("*.h"))],
-            extra_compile_args={"cxx": CXX_FLAGS},
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
-)
+
+def candidates() -> list[Path]:
+    """Where a CUDA toolkit may be, the most explicit first."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        return [Path(named)]
+    found = []
+    if nvcc := shutil.which("nvcc"):  # which may be a script: it knows where it leads
+        said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        found += [Path(top.strip()) for top in re.findall(r"^#\$ TOP=(.*)$", said, re.MULTILINE)]
+    beside_torch = Path(torch.__file__).parents[1] / "nvidia"  # from pip
+    return [*found, *sorted(beside_torch.glob("cu[0-9]*")), Path("/usr/local/cuda")]
+
+
+def find_cuda() -> tuple[Path, tuple[int, int]]:
+    """The toolkit to build with, and its version. Raises LookupError with the reason if there is none."""
+    if torch.version.cuda is None:
+        raise LookupError("this torch is built without CUDA")
+    major = int(torch.version.cuda.split(".")[0])
+    if major < 12:
+        raise LookupError(f"this torch is built with CUDA {torch.version.cuda}, and C++20 needs 12 or later")
+    seen = []
+    for home in candidates():
+        nvcc = home / "bin" / "nvcc"
+        if not (nvcc.exists() and (home / "include" / "cuda_runtime_api.h").exists()):
+            continue
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)\.(\d+)", said)
+        if release and int(release[1]) == major:
+            return home.resolve(), (int(release[1]), int(release[2]))
+        seen.append(f"{nvcc} is of CUDA {release[1]}.{release[2]}" if release else f"{nvcc} does not run")
+    raise LookupError(f"no nvcc of CUDA {major} is found, torch's version" + "".join(f"; {s}" for s in seen))
+
+
+def cuda_extension(home: Path, version: tuple[int, int]):
+    os.environ["CUDA_HOME"] = str(home)
+    archs = ["7.5", "8.0", "9.0", *(["10.0", "12.0"] if version >= (12, 8) else [])]
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(archs) + "+PTX")
+    from torch.utils.cpp_extension import CUDAExtension  # reads CUDA_HOME
+
+    extension = CUDAExtension(
+        "sam_fused._C",
+        [*SOURCES, "csrc/cuda.cu"],
+        define_macros=[("SAM_CUDA", "1")],
+        depends=DEPENDS,
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+    )
+    extension.libraries.remove("torch_cuda")
+    libraries = [home / "lib64", home / "lib"]
+    if not any((folder / "libcudart.so").exists() for folder in libraries):  # pip's packages have no link to link with
+        folders = [*libraries, *sorted((Path(torch.__file__).parents[1] / "nvidia").glob("*/lib"))]
+        runtime = [file for folder in folders for file in sorted(folder.glob(f"libcudart.so.{version[0]}*"))]
+        if not runtime:
+            raise LookupError(f"no libcudart.so.{version[0]} in {', '.join(map(str, folders))}")
+        links = Path(tempfile.mkdtemp(prefix="sam_fused-"))
+        (links / "libcudart.so").symlink_to(runtime[0])
+        extension.library_dirs.append(str(links))
+    return extension
+
+
+def extension():
+    wanted = os.environ.get("SAM_FUSED_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"SAM_FUSED_CUDA: expected 0 or 1, got {wanted!r}")
+    if wanted != "0":
+        try:
+            return cuda_extension(*find_cuda())
+        except LookupError as reason:
+            if wanted == "1":
+                sys.exit(f"SAM_FUSED_CUDA=1, but {reason}")
+            print(f"sam_fused: building without CUDA kernels: {reason}", file=sys.stderr)
+    from torch.utils.cpp_extension import CppExtension
+
+    return CppExtension("sam_fused._C", SOURCES, depends=DEPENDS, extra_compile_args={"cxx": CXX_FLAGS})
+
+
+SOURCES = ["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/module.cpp"]
+DEPENDS = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").iterdir()) if str(p.relative_to(ROOT)) not in SOURCES]
+
+
+def build_ext():
+    from torch.utils.cpp_extension import BuildExtension
+
+    return BuildExtension
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": build_ext()})

@@ -1,26 +1,36 @@
-// The entry points that a device provides, declared once. Pointers to double are memory of that device.
+// The entry points that a device provides, declared once. Ascent rows and hyper-parameters are memory of the host,
+// other pointers memory of that device. Nothing waits for a device.
 #pragma once
+#include <functional>
+
 #include "table.h"
 
 namespace sam {
 
-struct Backend {
-  // sq_norms[g] = ||T g||^2 over the rows of group g, summed in double, in a fixed order.
-  void (*grad_sq_norm)(const Table&, const Ascent* groups, int64_t n_groups, double* sq_norms);
-  // out = {grad_norm, sharpness, norm of the gradients as they are}, the first two divided by *grad_scale unless that
-  // is null; a finite sharpness is added to total = {sum, count}.
-  void (*sharpness)(const double* sq_norms, const Ascent* groups, int64_t n_groups, const float* grad_scale,
-                    double* total, double* out);
-  // backup = param, then param += rho T^2 grad / norm; the parameter stays where the norm is not finite.
-  void (*perturb)(const Table&, const Ascent* groups, const double* norm);
-  // param = backup.
-  void (*restore)(const Table&);
-  // The update of Bases[base] from the backup where there is one, else from the parameter itself. Gradients are divided
-  // by *grad_scale, unless that is null; where *found_inf is not 0, the backups are restored and nothing is updated.
-  void (*restore_step)(const Table&, int base, const double* hyper, const float* grad_scale, const float* found_inf);
+// Where the work of a call goes. The CPU does it at once, and needs neither.
+struct Queue {
+  void* stream = nullptr;                 // a cudaStream_t
+  std::function<void*(size_t)> allocate;  // bytes of the device, which the call's work may use
 };
 
-extern const Backend cpu_backend;
+struct Backend {
+  // sq_norms[g] = ||T g||^2 over the rows of group g, summed in double, in a fixed order.
+  void (*grad_sq_norm)(const Queue&, const Table&, const Ascent* groups, int64_t n_groups, double* sq_norms);
+  // As Sharpness::report (functors.h).
+  void (*sharpness)(const Queue&, const double* sq_norms, const Ascent* groups, int64_t n_groups,
+                    const float* grad_scale, double* total, double* out);
+  // backup = param, then param += rho T^2 grad / norm; the parameter stays where the norm is not finite.
+  void (*perturb)(const Queue&, const Table&, const Ascent* groups, const double* norm);
+  // param = backup.
+  void (*restore)(const Queue&, const Table&);
+  // The update of Bases[base] from the backup where there is one, else from the parameter itself. Each group's learning
+  // rate is lr[group], unless lr is null. Gradients are divided by *grad_scale, unless that is null; where *found_inf
+  // is not 0, the backups are restored and nothing is updated.
+  void (*restore_step)(const Queue&, const Table&, int base, const double* hyper, const double* lr,
+                       const float* grad_scale, const float* found_inf);
+};
+
+extern const Backend cpu_backend, cuda_backend;
 
 // The CPU's instruction set in use: "default", "avx2" or "avx512". The best is chosen at load time; setting one that
 // the machine does not have returns false. All give the same bits.

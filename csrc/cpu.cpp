@@ -199,17 +199,6 @@ SAM_FN void restore_step_chunk(const Row& row, const Chunk& c, const double* hyp
 
 int64_t size_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
 
-// f(T{}) for the storage type T.
-template <class F>
-SAM_FN void with_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat: return f(float{});
-    case DType::kDouble: return f(double{});
-    case DType::kBFloat16: return f(BFloat16{});
-    case DType::kHalf: return f(Half{});
-  }
-}
-
 // Runs f(chunk, i, stream) over all chunks of a table, in parallel over one flat list of them. Threads take the next
 // few whenever they are done, so that a slow one does not keep the others waiting.
 template <class F>
@@ -245,7 +234,7 @@ void for_chunks(const Table& table, const F& f) {
   for_chunks(table, chunks_of(table, kChunk), f);
 }
 
-void grad_sq_norm(const Table& table, const Ascent* groups, int64_t n_groups, double* sq_norms) {
+void grad_sq_norm(const Queue&, const Table& table, const Ascent* groups, int64_t n_groups, double* sq_norms) {
   const std::vector<Chunk> chunks = chunks_of(table, kChunk);
   std::vector<double> partial(chunks.size());
   double* const out = partial.data();
@@ -261,20 +250,14 @@ void grad_sq_norm(const Table& table, const Ascent* groups, int64_t n_groups, do
   for (size_t i = 0; i < chunks.size(); ++i) sq_norms[table[chunks[i].row].group] += partial[i];
 }
 
-void sharpness(const double* sq_norms, const Ascent* groups, int64_t n_groups, const float* grad_scale, double* total,
-               double* out) {
-  const Sharpness s(sq_norms, groups, n_groups);
-  const double scale = grad_scale ? *grad_scale : 1;
-  out[0] = s.norm / scale;
-  out[1] = s.value / scale;
-  out[2] = s.norm;
-  if (std::isfinite(s.value)) {
-    total[0] += s.value / scale;
-    total[1] += 1;
-  }
+void sharpness(const Queue&, const double* sq_norms, const Ascent* groups, int64_t n_groups, const float* grad_scale,
+               double* total, double* out) {
+  Sharpness sharpness;
+  for (int64_t g = 0; g < n_groups; ++g) sharpness.add(sq_norms[g], groups[g].rho);
+  sharpness.report(grad_scale, total, out);
 }
 
-void perturb(const Table& table, const Ascent* groups, const double* norm) {
+void perturb(const Queue&, const Table& table, const Ascent* groups, const double* norm) {
   for_chunks(table, [&](const Chunk& c, int64_t, bool stream) __attribute__((always_inline)) {
     const Row& row = table[c.row];
     const Ascent& a = groups[row.group];
@@ -288,7 +271,7 @@ void perturb(const Table& table, const Ascent* groups, const double* norm) {
   });
 }
 
-void restore(const Table& table) {
+void restore(const Queue&, const Table& table) {
   for_chunks(table, [&](const Chunk& c, int64_t, bool stream) __attribute__((always_inline)) {
     const Row& row = table[c.row];
     if (!row.backup) return;
@@ -297,13 +280,24 @@ void restore(const Table& table) {
   });
 }
 
-void restore_step(const Table& table, int base, const double* hyper, const float* grad_scale, const float* found_inf) {
-  if (found_inf && *found_inf != 0) return restore(table);
+// The rows of hyper-parameters, which begin with the learning rate, with those of `lr` unless it is null.
+std::vector<double> with_lr(const double* hyper, const double* lr, int64_t n_groups, int64_t hypers) {
+  std::vector<double> rows(hyper, hyper + n_groups * hypers);
+  for (int64_t g = 0; lr && g < n_groups; ++g) rows[g * hypers] = lr[g];
+  return rows;
+}
+
+void restore_step(const Queue& queue, const Table& table, int base, const double* hyper, const double* lr,
+                  const float* grad_scale, const float* found_inf) {
+  if (found_inf && *found_inf != 0) return restore(queue, table);
   const double scale = grad_scale ? *grad_scale : 1;
   for (const Row& row : table)
     if (row.step) *row.step += 1;
   with_base(base, [&](auto b) {
     using Base = decltype(b);
+    const auto row_of = [rows = with_lr(hyper, lr, table.back().group + 1, Base::hypers)](int32_t group) {
+      return rows.data() + group * Base::hypers;
+    };
     // One Step a row; rows of one group mostly have one count.
     std::vector<typename Base::Step> steps;
     steps.reserve(table.size());
@@ -312,12 +306,12 @@ void restore_step(const Table& table, int base, const double* hyper, const float
       if (r > 0 && table[r].group == table[r - 1].group && count(table[r]) == count(table[r - 1]))
         steps.push_back(steps.back());
       else
-        steps.emplace_back(hyper + table[r].group * Base::hypers, count(table[r]));
+        steps.emplace_back(row_of(table[r].group), count(table[r]));
     }
     for_chunks(table, [&](const Chunk& c, int64_t, bool stream) __attribute__((always_inline)) {
       const Row& row = table[c.row];
       with_dtype(row.dtype, [&](auto t) __attribute__((always_inline)) {
-        restore_step_chunk<decltype(t), Base>(row, c, hyper + row.group * Base::hypers, steps[c.row], scale, stream);
+        restore_step_chunk<decltype(t), Base>(row, c, row_of(row.group), steps[c.row], scale, stream);
       });
     });
   });

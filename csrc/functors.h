@@ -30,15 +30,23 @@ struct Ascend {
 // Sums over the groups of ||T g||^2 to grad_norm = ||T g|| and the first-order sharpness
 // sum rho ||T g||^2 / grad_norm (Proposition 1 of the paper when every group has the same rho).
 struct Sharpness {
-  double norm = 0, value = 0;
-  SAM_FN Sharpness(const double* sq_norms, const Ascent* groups, int64_t n) {
-    double sq = 0, weighted = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      sq += sq_norms[i];
-      weighted += groups[i].rho * sq_norms[i];
+  double sq = 0, weighted = 0;
+  SAM_FN void add(double sq_norm, double rho) {
+    sq += sq_norm;
+    weighted += rho * sq_norm;
+  }
+  // out = {grad_norm, sharpness, norm of the gradients as they are}, the first two divided by *grad_scale unless that
+  // is null; a finite sharpness is added to total = {sum, count}.
+  SAM_FN void report(const float* grad_scale, double* total, double* out) const {
+    const double norm = std::sqrt(sq), value = norm == 0 ? 0 : weighted / norm;
+    const double scale = grad_scale ? *grad_scale : 1;
+    out[0] = norm / scale;
+    out[1] = value / scale;
+    out[2] = norm;
+    if (std::isfinite(value)) {
+      total[0] += out[1];
+      total[1] += 1;
     }
-    norm = std::sqrt(sq);
-    value = norm == 0 ? 0 : weighted / norm;
   }
 };
 
@@ -55,7 +63,7 @@ struct SgdBase {
   static constexpr bool counts_steps = false;
 
   struct Step {
-    Step(const double* /*h*/, double /*count*/) {}
+    SAM_FN Step(const double* /*h*/, double /*count*/) {}
   };
 
   template <class A>
@@ -93,7 +101,7 @@ struct AdamBase {
 
   struct Step {  // the bias corrections
     double correction1, sqrt_correction2;
-    Step(const double* h, double count)
+    SAM_FN Step(const double* h, double count)
         : correction1(1 - std::pow(h[3], count)), sqrt_correction2(std::sqrt(1 - std::pow(h[4], count))) {}
   };
 

@@ -54,12 +54,12 @@ void restore_(const py::list& params, const py::list& backups) {
 
 void restore_step_(const std::string& base, const py::list& params, const py::list& grads, const py::list& backups,
                    const py::list& state, const py::list& steps, const at::Tensor& hyper, const py::list& group_sizes,
-                   const sam::Scalar& grad_scale, const sam::Scalar& found_inf) {
+                   const sam::Scalar& lr, const sam::Scalar& grad_scale, const sam::Scalar& found_inf) {
   const auto p = refs(params, "params"), g = refs(grads, "grads"), b = refs(backups, "backups", true),
              s = refs(state, "state"), t = refs(steps, "steps");
   const auto sizes = sizes_of(group_sizes);
   const py::gil_scoped_release no_gil;
-  sam::restore_step_(base, p, g, b, s, t, hyper, sizes, grad_scale, found_inf);
+  sam::restore_step_(base, p, g, b, s, t, hyper, sizes, lr, grad_scale, found_inf);
 }
 
 // The gradients, of all parameters of all groups, that are not None, and a hash of what a cached list depends on: the
@@ -100,8 +100,14 @@ PYBIND11_MODULE(_C, m) {
         "ascent"_a, "group_sizes"_a);
   m.def("restore_", torch::wrap_pybind_function(restore_), "params"_a, "backups"_a);
   m.def("restore_step_", torch::wrap_pybind_function(restore_step_), "base"_a, "params"_a, "grads"_a, "backups"_a,
-        "state"_a, "steps"_a, "hyper"_a, "group_sizes"_a, "grad_scale"_a = py::none(), "found_inf"_a = py::none());
+        "state"_a, "steps"_a, "hyper"_a, "group_sizes"_a, "lr"_a = py::none(), "grad_scale"_a = py::none(),
+        "found_inf"_a = py::none());
   m.def("gather", torch::wrap_pybind_function(gather));
+#if defined(SAM_CUDA)
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
   m.def("cpu_isa", &sam::cpu_isa);
   m.def("set_cpu_isa", [](const std::string& name) {
     if (!sam::set_cpu_isa(name.c_str()))

@@ -3,21 +3,52 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <deque>
 
 #include "backends.h"
 
+#if defined(SAM_CUDA)
+#include <c10/cuda/CUDAStream.h>
+#endif
+
 namespace sam {
 namespace {
 
 using at::Tensor;
 
-const Backend& backend_of(const Tensor& like) {
-  TORCH_CHECK_NOT_IMPLEMENTED(like.device().is_cpu(), "sam_fused has no kernels for device ", like.device());
-  return cpu_backend;
-}
+// The device of a tensor, made the current one: its backend, and where the backend's work goes.
+class Target {
+ public:
+  explicit Target(const Tensor& like) : backend(backend_of(like.device())), guard_(like.device()) {
+#if defined(SAM_CUDA)
+    if (like.is_cuda()) queue.stream = c10::cuda::getCurrentCUDAStream().stream();
+#endif
+    queue.allocate = [this, options = like.options().dtype(at::kByte).requires_grad(false)](size_t bytes) {
+      return scratch_.emplace_back(at::empty({static_cast<int64_t>(bytes)}, options)).data_ptr();
+    };
+  }
+  Target(const Target&) = delete;
+
+  const Backend& backend;
+  Queue queue;
+
+ private:
+  static const Backend& backend_of(const at::Device& device) {
+    if (device.is_cpu()) return cpu_backend;
+#if defined(SAM_CUDA)
+    if (device.is_cuda()) return cuda_backend;
+#endif
+    TORCH_CHECK_NOT_IMPLEMENTED(!device.is_cuda(), "sam_fused was built without CUDA kernels, for device ", device,
+                                "; build it with SAM_FUSED_CUDA=1, which says what is missing");
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "sam_fused has no kernels for device ", device);
+  }
+
+  c10::DeviceGuard guard_;
+  std::deque<Tensor> scratch_;
+};
 
 // ---- checks; each message names the tensor, what was expected and what came ----
 
@@ -154,9 +185,9 @@ class Rows {
     check_length(steps, params_, "steps");
     for (size_t i = 0; i < steps.size(); ++i) {
       const Tensor& step = *steps[i];
-      TORCH_CHECK(step.scalar_type() == at::kFloat && step.numel() == 1 && step.device().is_cpu(), "steps[", i,
-                  "]: expected one float32 element on the CPU, got ", step.scalar_type(), " of shape ", step.sizes(),
-                  " on ", step.device());
+      TORCH_CHECK(step.scalar_type() == at::kFloat && step.numel() == 1 && step.device() == params_[i]->device(),
+                  "steps[", i, "]: expected one float32 element on ", params_[i]->device(), ", got ",
+                  step.scalar_type(), " of shape ", step.sizes(), " on ", step.device());
       table_[i].step = static_cast<float*>(step.data_ptr());
     }
   }
@@ -217,7 +248,8 @@ Tensor grad_sq_norm(const Refs& params, const Refs& grads, const Tensor& ascent,
   const int64_t n = static_cast<int64_t>(group_sizes.size());
   const Ascent* groups = check_ascent(ascent, n);
   Tensor out = at::empty({n}, params[0]->options().dtype(at::kDouble).requires_grad(false));
-  backend_of(*params[0]).grad_sq_norm(rows.table(), groups, n, out.data_ptr<double>());
+  const Target on(*params[0]);
+  on.backend.grad_sq_norm(on.queue, rows.table(), groups, n, out.data_ptr<double>());
   return out;
 }
 
@@ -228,7 +260,8 @@ Tensor sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Tensor& to
   double* const sum = check_doubles(total, "total", 2, sq_norms.device());
   const float* scale = check_scalar(grad_scale, "grad_scale", sq_norms.device());
   Tensor out = at::empty({3}, sq_norms.options());
-  backend_of(sq_norms).sharpness(squares, groups, n, scale, sum, out.data_ptr<double>());
+  const Target on(sq_norms);
+  on.backend.sharpness(on.queue, squares, groups, n, scale, sum, out.data_ptr<double>());
   bump_versions({&total});
   return out;
 }
@@ -240,7 +273,8 @@ void perturb_(const Refs& params, const Refs& grads, const Refs& backups, const 
   rows.backups(backups);
   const Ascent* groups = check_ascent(ascent, static_cast<int64_t>(group_sizes.size()));
   const double* norm = check_doubles(grad_norm, "grad_norm", 1, params[0]->device());
-  backend_of(*params[0]).perturb(rows.table(), groups, norm);
+  const Target on(*params[0]);
+  on.backend.perturb(on.queue, rows.table(), groups, norm);
   rows.finish();
   bump_versions(params);
   bump_versions(backups);
@@ -249,14 +283,15 @@ void perturb_(const Refs& params, const Refs& grads, const Refs& backups, const 
 void restore_(const Refs& params, const Refs& backups) {
   Rows rows(params, {static_cast<int64_t>(params.size())});
   rows.saved(backups);
-  backend_of(*params[0]).restore(rows.table());
+  const Target on(*params[0]);
+  on.backend.restore(on.queue, rows.table());
   rows.finish();
   bump_versions(params);
 }
 
 void restore_step_(std::string_view base, const Refs& params, const Refs& grads, const Refs& backups, const Refs& state,
-                   const Refs& steps, const Tensor& hyper, Sizes group_sizes, const Scalar& grad_scale,
-                   const Scalar& found_inf) {
+                   const Refs& steps, const Tensor& hyper, Sizes group_sizes, const Scalar& lr,
+                   const Scalar& grad_scale, const Scalar& found_inf) {
   const int index = find_base(base);
   Rows rows(params, group_sizes);
   rows.grads(grads);
@@ -268,9 +303,11 @@ void restore_step_(std::string_view base, const Refs& params, const Refs& grads,
     values = check_rows(hyper, "hyper", static_cast<int64_t>(group_sizes.size()), b.hypers);
   });
   const at::Device device = params[0]->device();
+  const double* rates = lr ? check_doubles(*lr, "lr", static_cast<int64_t>(group_sizes.size()), device) : nullptr;
   const float* scale = check_scalar(grad_scale, "grad_scale", device);
   const float* skip = check_scalar(found_inf, "found_inf", device);
-  backend_of(*params[0]).restore_step(rows.table(), index, values, scale, skip);
+  const Target on(*params[0]);
+  on.backend.restore_step(on.queue, rows.table(), index, values, rates, scale, skip);
   rows.finish();
   bump_versions(params);
   bump_versions(state);
@@ -305,11 +342,11 @@ struct Eager {
   }
   static void restore_(const List& params, const List& backups) { sam::restore_(refs(params), refs(backups)); }
   static void restore_step_(c10::string_view base, const List& params, const List& grads, const OptionalList& backups,
-                            const List& state, const List& steps, const Tensor& hyper, Sizes sizes,
+                            const List& state, const List& steps, const Tensor& hyper, Sizes sizes, const Scalar& lr,
                             const Scalar& grad_scale, const Scalar& found_inf) {
     const std::vector<std::optional<Tensor>> held = backups.vec();
     sam::restore_step_({base.data(), base.size()}, refs(params), refs(grads), refs(held), refs(state), refs(steps),
-                       hyper, sizes, grad_scale, found_inf);
+                       hyper, sizes, lr, grad_scale, found_inf);
   }
 };
 
@@ -324,7 +361,7 @@ struct Meta {
   static void perturb_(const List&, const List&, const List&, const Tensor&, const Tensor&, Sizes) {}
   static void restore_(const List&, const List&) {}
   static void restore_step_(c10::string_view, const List&, const List&, const OptionalList&, const List&, const List&,
-                            const Tensor&, Sizes, const Scalar&, const Scalar&) {}
+                            const Tensor&, Sizes, const Scalar&, const Scalar&, const Scalar&) {}
 };
 
 }  // namespace
@@ -340,17 +377,19 @@ TORCH_LIBRARY(sam_fused, m) {
   m.def("restore_(Tensor(a!)[] params, Tensor[] backups) -> ()");
   m.def(
       "restore_step_(str base, Tensor(a!)[] params, Tensor[] grads, Tensor?[] backups, Tensor(b!)[] state, "
-      "Tensor(c!)[] steps, Tensor hyper, int[] group_sizes, Tensor? grad_scale=None, "
+      "Tensor(c!)[] steps, Tensor hyper, int[] group_sizes, Tensor? lr=None, Tensor? grad_scale=None, "
       "Tensor? found_inf=None) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(sam_fused, CPU, m) {
+void register_eager(torch::Library& m) {
   m.impl("grad_sq_norm", Eager::grad_sq_norm);
   m.impl("sharpness_", sharpness_);
   m.impl("perturb_", Eager::perturb_);
   m.impl("restore_", Eager::restore_);
   m.impl("restore_step_", Eager::restore_step_);
 }
+TORCH_LIBRARY_IMPL(sam_fused, CPU, m) { register_eager(m); }
+TORCH_LIBRARY_IMPL(sam_fused, CUDA, m) { register_eager(m); }
 
 TORCH_LIBRARY_IMPL(sam_fused, Meta, m) {
   m.impl("grad_sq_norm", Meta::grad_sq_norm);

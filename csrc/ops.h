@@ -32,10 +32,11 @@ void restore_(const Refs& params, const Refs& backups);
 
 // One step of `base` from the backups (optional, one by one) or from params. `state` is the base's state lists one
 // after the other; `steps` are float32 step counters, which it advances, empty for a base that counts none; `hyper` is
-// float64 [groups, hyper-parameters], in the order of the base's functor. Gradients are divided by `grad_scale`; where
-// `found_inf` is not 0 the backups are restored and nothing else happens (float32, one element each, on the device).
+// float64 [groups, hyper-parameters], in the order of the base's functor; `lr`, float64 [groups] on the device, takes
+// the place of its learning rates. Gradients are divided by `grad_scale`; where `found_inf` is not 0 the backups are
+// restored and nothing else happens (float32, one element each, on the device).
 void restore_step_(std::string_view base, const Refs& params, const Refs& grads, const Refs& backups, const Refs& state,
-                   const Refs& steps, const at::Tensor& hyper, Sizes group_sizes, const Scalar& grad_scale,
-                   const Scalar& found_inf);
+                   const Refs& steps, const at::Tensor& hyper, Sizes group_sizes, const Scalar& lr,
+                   const Scalar& grad_scale, const Scalar& found_inf);
 
 }  // namespace sam

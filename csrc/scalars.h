@@ -1,6 +1,6 @@
 // The four storage types, and the exact conversions between each and the type that its arithmetic is done in.
 // Free of torch, so that every backend and every compiler sees the same code; free of branches, so that loops over
-// the conversions vectorise.
+// the conversions vectorise. A GPU has an instruction for most of them.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -50,6 +50,11 @@ SAM_FN double load(const double& x) { return x; }
 SAM_FN float load(const BFloat16& x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
 SAM_FN float load(const Half& x) {
+#if defined(__CUDA_ARCH__)
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(x.bits));
+  return out;
+#else
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   // Half's exponent bias is 15 and float's 127: 112 more, and 112 more again for infinity and NaN.
   const uint32_t top = magnitude >= (31u << 23) ? 224u << 23 : 112u << 23;
@@ -57,6 +62,7 @@ SAM_FN float load(const Half& x) {
   const float subnormal = float_of((x.bits & 0x7fffu) | bits_of(0.5f)) - 0.5f;
   const uint32_t bits = magnitude < (1u << 23) ? bits_of(subnormal) : magnitude + top;
   return float_of(bits | static_cast<uint32_t>(x.bits & 0x8000) << 16);
+#endif
 }
 
 // store() rounds to nearest, ties to even, as IEEE 754 and torch do.
@@ -64,13 +70,20 @@ SAM_FN void store(float& out, float x) { out = x; }
 SAM_FN void store(double& out, double x) { out = x; }
 
 SAM_FN void store(BFloat16& out, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+#else
   const uint32_t u = bits_of(x);
   const uint32_t rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
   const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
   out.bits = static_cast<uint16_t>(nan ? 0x7fc0u : rounded);
+#endif
 }
 
 SAM_FN void store(Half& out, float x) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+#else
   const uint32_t u = bits_of(x);
   const uint32_t magnitude = u & 0x7fffffffu;
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
@@ -79,6 +92,18 @@ SAM_FN void store(Half& out, float x) {
   uint32_t bits = magnitude < (113u << 23) ? subnormal : normal;
   bits = magnitude >= (143u << 23) ? special : bits;
   out.bits = static_cast<uint16_t>(bits | (u >> 16 & 0x8000u));
+#endif
+}
+
+// f(T{}) for the storage type T, on the host.
+template <class F>
+inline __attribute__((always_inline)) void with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat: return f(float{});
+    case DType::kDouble: return f(double{});
+    case DType::kBFloat16: return f(BFloat16{});
+    case DType::kHalf: return f(Half{});
+  }
 }
 
 }  // namespace sam

@@ -6,11 +6,13 @@ which ``torch.optim`` state keys it moves, and in which order its hyper-paramete
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 Group = dict[str, Any]
@@ -23,8 +25,8 @@ class Update:
     Attributes:
         name: the functor's name.
         state: ``torch.optim``'s keys of the state tensors, in the functor's order.
-        hyper: a group's hyper-parameters as floats, in the functor's order. Its second argument says whether the state
-            was made in this very step.
+        hyper: a group's hyper-parameters as floats, in the functor's order, the learning rate first. Its second
+            argument says whether the state was made in this very step.
         counts_steps: whether the state has a ``step``.
     """
 
@@ -34,18 +36,24 @@ class Update:
     counts_steps: bool = False
 
 
+def _lr(group: Group) -> float:
+    """The learning rate; NaN for a tensor on a device, where the update reads it itself."""
+    lr = group["lr"]
+    return math.nan if isinstance(lr, Tensor) and not lr.is_cpu else float(lr)
+
+
 def _sgd_hyper(group: Group, fresh: bool) -> tuple[float, ...]:
     # torch.optim.SGD starts the momentum buffer from the whole gradient, not from the dampened one.
     dampening = 0.0 if fresh else group["dampening"]
-    keys = ("lr", "weight_decay", "maximize", "momentum")
-    return (*(float(group[key]) for key in keys), float(dampening), float(group["nesterov"]))
+    keys = ("weight_decay", "maximize", "momentum")
+    return (_lr(group), *(float(group[key]) for key in keys), float(dampening), float(group["nesterov"]))
 
 
 def _adam_hyper(decoupled: bool) -> Callable[[Group, bool], tuple[float, ...]]:
     def hyper(group: Group, fresh: bool) -> tuple[float, ...]:
         decay = group.get("decoupled_weight_decay", decoupled)
-        values = (group["lr"], group["weight_decay"], group["maximize"], *group["betas"], group["eps"], decay)
-        return tuple(map(float, values))
+        values = (group["weight_decay"], group["maximize"], *group["betas"], group["eps"], decay)
+        return (_lr(group), *map(float, values))
 
     return hyper
 
@@ -77,9 +85,9 @@ def native_update(base: Optimizer, group: Group) -> Update | None:
     """The native update of ``group``, or None where ``base`` has none and its own ``step`` must be called.
 
     Only the classes of :data:`NATIVE` themselves count: a subclass may compute something else. ``foreach`` and
-    ``fused`` choose among equal implementations and are not looked at.
+    ``fused`` choose among equal implementations and are not looked at. Betas that are tensors are left to the base.
     """
     choose = NATIVE.get(type(base))
-    if choose is None or group.get("differentiable") or group.get("capturable"):
+    if choose is None or group.get("differentiable") or any(isinstance(b, Tensor) for b in group.get("betas", ())):
         return None
     return choose(group)

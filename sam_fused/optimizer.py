@@ -76,8 +76,22 @@ class _Lists:
         """One row of float64 values for each run."""
         rows = [row(*run) for run in self.runs]
         if self._packed is None or self._packed[0] != rows:
-            self._packed = (rows, torch.tensor(rows, dtype=torch.float64))
+            self._packed = (rows, torch.tensor(rows, dtype=torch.float64, device="cpu"))
         return self._packed[1]
+
+    def lr(self) -> Tensor | None:
+        """The learning rate of each run, float64 on the parameters' device, if that is where they are kept."""
+        device, lrs = self.params[0].device, [group["lr"] for group, _ in self.runs]
+        kept = [isinstance(lr, Tensor) and (lr.device == device or not lr.is_cpu) for lr in lrs]
+        if not any(kept):
+            return None
+        options = {"dtype": torch.float64, "device": device}
+        return torch.stack(
+            [
+                lr.to(**options).reshape(()) if k else torch.full((), float(lr), **options)
+                for lr, k in zip(lrs, kept, strict=True)
+            ]
+        )
 
 
 class _Plan:
@@ -254,9 +268,11 @@ class FusedSAM(SAM):
                     wanted[key].append(p)
             step = state.get("step")
             if update.counts_steps and not (
-                isinstance(step, Tensor) and step.dtype == torch.float32 and step.device.type == "cpu"
+                isinstance(step, Tensor) and step.dtype == torch.float32 and step.device == p.device
             ):
                 uncounted.append(p)
+        if (wanted or uncounted) and _capturing():
+            raise RuntimeError("the base's state cannot be made in a CUDA graph: run a step before capturing one")
         fresh, replaced = set(), False
         for stream, (key, params) in enumerate(sorted(wanted.items()), start=2):
             for p, new in zip(params, _pooled(params, stream), strict=True):
@@ -267,9 +283,15 @@ class FusedSAM(SAM):
                     new.copy_(old)
                     replaced = True
                 self.state[p][key] = new
-        for p, new in zip(uncounted, torch.zeros(len(uncounted)), strict=True):
-            replaced |= "step" in self.state[p]
-            self.state[p]["step"] = new.fill_(float(self.state[p].get("step", 0.0)))
+        # Steps are counted on the parameters' device, which alone knows whether an overflow skips the update.
+        for device in {p.device for p in uncounted}:
+            there = [p for p in uncounted if p.device == device]
+            for p, new in zip(there, torch.zeros(len(there), device=device), strict=True):
+                old = self.state[p].get("step")
+                if old is not None:
+                    new.fill_(old.reshape(()) if isinstance(old, Tensor) else old)
+                    replaced = True
+                self.state[p]["step"] = new
         if replaced:  # other plans hold the old tensors
             for other in self._plans.values():
                 other.descent = None
@@ -306,7 +328,8 @@ class FusedSAM(SAM):
             sq_norms, ascents = squares[0], calls[0][2]
         else:
             sq_norms = torch.cat([self._total.new_empty(0), *(sq.to(self._total.device) for sq in squares)])
-            ascents = torch.cat([torch.empty(0, 3, dtype=torch.float64), *(ascent for *_, ascent in calls)])
+            none = torch.empty(0, 3, dtype=torch.float64, device="cpu")
+            ascents = torch.cat([none, *(ascent for *_, ascent in calls)])
         self._total = self._total.to(sq_norms.device)
         self._measured = _C.sharpness_(sq_norms, ascents, self._total, self._ascent_grad_scale())
         if not perturb:
@@ -335,6 +358,13 @@ class FusedSAM(SAM):
                 self._restore()
             self._base_step(grad_scale, found_inf)
             return
+        if _capturing():
+            for i, group in enumerate(self.param_groups):
+                if group.get("capturable") is False:
+                    raise RuntimeError(
+                        f"param_groups[{i}]: a CUDA graph is capturing this step, for which the optimizer must be "
+                        "constructed with capturable=True"
+                    )
         if plan.descent is None or plan.states != len(self.state):
             plan.descent = self._make_descent(plan)
             plan.states = len(self.state)
@@ -354,12 +384,18 @@ class FusedSAM(SAM):
                 lists.steps,
                 hyper,
                 lists.sizes,
+                lists.lr(),
                 None if grad_scale is None else grad_scale.to(lists.device),
                 None if found_inf is None else found_inf.to(lists.device),
             )
             lists.mark_changed()
         if any(fresh for lists in plan.descent for _, fresh in lists.runs):
             plan.descent = None
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _restore_by_device(params: list[Tensor], backups: list[Tensor]) -> None:

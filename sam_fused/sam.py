@@ -215,7 +215,7 @@ class SAM(Optimizer):
                 "scaler.unscale_(opt) was called before the ascent, which needs none: its direction does not depend on "
                 "the scale. Call it between first_step() and scaler.step(opt)"
             )
-        return self.scaler._get_scale_async()
+        return self.scaler._get_scale_async().to(self._total.device)
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -328,7 +328,7 @@ class SAM(Optimizer):
         """
         mean = self._total[0] / self._total[1]
         if reset:
-            self._total.zero_()
+            self._total.zero_()  # in place: a CUDA graph may hold it
         return mean
 
     # ---- saving and copying ----

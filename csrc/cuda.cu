@@ -1,0 +1,510 @@
+// The CUDA backend: kernels over the chunks of many tensors, and their launches. Free of torch.
+//
+// All that a kernel is told of its tensors travels by value in its arguments, so that nothing is copied to the device,
+// nothing waits, and a CUDA graph may capture the launches. A block works on one chunk of one tensor.
+// Contraction to fused multiply-adds is off (setup.py), as on the CPU. tests/emulation compiles this very file for the
+// CPU, where SAM_SHARED and launch() are its own.
+#include "backends.h"
+
+#include <algorithm>
+#include <new>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#define SAM_SHARED(T, name, n) __shared__ T name[n]
+
+namespace sam {
+namespace {
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), int64_t blocks, int threads, void* stream, const A&... args) {
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA kernel launch: ") + cudaGetErrorString(error));
+}
+
+// Since CUDA 12.1, drivers take kernel arguments of more than 4 KB.
+bool takes_large_arguments() {
+  static const int version = [] {
+    int v = 0;
+    return cudaDriverGetVersion(&v) == cudaSuccess ? v : 0;
+  }();
+  return version >= 12010;
+}
+
+}  // namespace
+}  // namespace sam
+#else
+#include "cuda_emulation.h"
+#endif
+
+namespace sam {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kSumThreads = 1024;   // of the one block that sums a group's chunks
+constexpr int64_t kChunk = 1 << 13;  // elements
+constexpr int kSmall = 4096, kLarge = 32000;  // bytes of arguments
+constexpr int kOther = 64;                    // bytes of them that are not rows
+
+// ---- arguments ----
+
+struct Nothing {};
+
+// A tensor and those that go with it. Blocks first_block and on work on its chunks.
+template <int kPointers, class Extra>
+struct Entry : Extra {
+  void* pointers[kPointers];
+  int64_t numel;
+  int32_t first_block;
+  int32_t index;  // of its first partial sum, or of its update
+};
+
+template <class E, int kBytes>
+struct Entries {
+  static constexpr int kMax = (kBytes - kOther) / sizeof(E);
+  int32_t n = 0;
+  E at[kMax];
+};
+
+// The block's entry, and the elements of it that are the block's.
+template <class E>
+struct Share {
+  const E& entry;
+  int64_t chunk;
+  int size;
+
+  template <class T>
+  __device__ T* pointer(int k) const {
+    return static_cast<T*>(entry.pointers[k]) + chunk * kChunk;
+  }
+};
+
+template <class E, int kBytes>
+__device__ Share<E> share_of_block(const Entries<E, kBytes>& entries) {
+  const int block = static_cast<int>(blockIdx.x);
+  int low = 0, high = entries.n - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (entries.at[middle].first_block <= block)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  const E& entry = entries.at[low];
+  const int64_t chunk = block - entry.first_block, left = entry.numel - chunk * kChunk;
+  return {entry, chunk, static_cast<int>(left < kChunk ? left : kChunk)};
+}
+
+// ---- memory ----
+
+template <class T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Vec {
+  T at[kWidth];
+};
+template <int kWidth, class T>
+__device__ __forceinline__ Vec<T, kWidth> read(const T* p) {
+  return *reinterpret_cast<const Vec<T, kWidth>*>(p);
+}
+template <int kWidth, class T>
+__device__ __forceinline__ void write(T* p, const Vec<T, kWidth>& v) {
+  *reinterpret_cast<Vec<T, kWidth>*>(p) = v;
+}
+
+template <int kValue>
+struct Width {
+  static constexpr int value = kValue;
+};
+
+// Elements before the first 16-byte boundary; all n, if the pointers do not meet theirs at the same element.
+template <class T, int kPointers>
+__device__ int head_of(int n, const void* const (&pointers)[kPointers]) {
+  const uintptr_t offset = reinterpret_cast<uintptr_t>(pointers[0]) % 16;
+  int head = static_cast<int>((16 - offset) % 16 / sizeof(T));
+  for (int k = 1; k < kPointers; ++k)
+    if (reinterpret_cast<uintptr_t>(pointers[k]) % 16 != offset) head = n;
+  return head < n ? head : n;
+}
+
+// f(Width<w>{}, i) for the w elements from i on: 16 bytes at a time from `head` on, the elements around one by one.
+template <class T, class F>
+__device__ void for_elements(int n, int head, const F& f) {
+  constexpr int kWidth = 16 / sizeof(T);
+  const int thread = static_cast<int>(threadIdx.x), body = (n - head) / kWidth * kWidth;
+  for (int i = thread * kWidth; i < body; i += kThreads * kWidth) f(Width<kWidth>{}, head + i);
+  for (int i = thread; i < n - body; i += kThreads) f(Width<1>{}, i < head ? i : i + body);
+}
+
+// ---- sums ----
+
+// The sum over the block, in thread 0; `sums` is shared memory, one for each warp.
+__device__ double block_sum(double x, double* sums) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  for (int k = 16; k > 0; k /= 2) x += __shfl_down_sync(0xffffffffu, x, k);
+  if (lane == 0) sums[warp] = x;
+  __syncthreads();
+  if (warp == 0) {
+    x = lane < warps ? sums[lane] : 0;
+    for (int k = 16; k > 0; k /= 2) x += __shfl_down_sync(0xffffffffu, x, k);
+  }
+  return x;
+}
+
+template <bool kAdaptive, class T>
+__device__ double sum_of_squares(const Ascent& ascent, int n, const T* w, const T* g) {
+  using A = arithmetic_t<T>;
+  const Ascend<A, kAdaptive> ascend(ascent);
+  double sum = 0;
+  for_elements<T>(n, head_of<T>(n, {g, kAdaptive ? w : g}), [&](auto width, int i) {
+    constexpr int kWidth = decltype(width)::value;
+    const Vec<T, kWidth> y = read<kWidth>(g + i);
+    Vec<T, kWidth> x = y;
+    if constexpr (kAdaptive) x = read<kWidth>(w + i);
+    for (int k = 0; k < kWidth; ++k) {
+      const double scaled = ascend.scaled(load(x.at[k]), load(y.at[k]));
+      sum = std::fma(scaled, scaled, sum);
+    }
+  });
+  return sum;
+}
+
+using NormEntry = Entry<2, Ascent>;  // param, grad
+
+template <class T, int kBytes>
+__global__ void __launch_bounds__(kThreads)
+    norm_kernel(const __grid_constant__ Entries<NormEntry, kBytes> entries, double* partial) {
+  SAM_SHARED(double, sums, kThreads / 32);
+  const Share<NormEntry> share = share_of_block(entries);
+  const T* w = share.template pointer<const T>(0);
+  const T* g = share.template pointer<const T>(1);
+  const double sum = share.entry.adaptive != 0 ? sum_of_squares<true>(share.entry, share.size, w, g)
+                                               : sum_of_squares<false>(share.entry, share.size, w, g);
+  const double total = block_sum(sum, sums);
+  if (threadIdx.x == 0) partial[share.entry.index + share.chunk] = total;
+}
+
+// Where the partial sums of consecutive groups begin, and where the last one's end.
+struct Ranges {
+  static constexpr int kMax = (kSmall - kOther) / sizeof(int32_t) - 1;
+  int32_t begin[kMax + 1];
+};
+
+__global__ void __launch_bounds__(kSumThreads)
+    sum_kernel(const __grid_constant__ Ranges ranges, const double* partial, double* sq_norms) {
+  SAM_SHARED(double, sums, kSumThreads / 32);
+  const int end = ranges.begin[blockIdx.x + 1];
+  double sum = 0;
+#pragma unroll 4
+  for (int i = ranges.begin[blockIdx.x] + static_cast<int>(threadIdx.x); i < end; i += kSumThreads) sum += partial[i];
+  const double total = block_sum(sum, sums);
+  if (threadIdx.x == 0) sq_norms[blockIdx.x] = total;
+}
+
+struct Rhos {
+  static constexpr int kMax = (kSmall - kOther) / sizeof(double);
+  int32_t n = 0;
+  bool first, last;
+  double at[kMax];
+};
+
+// One thread. `out` holds the sums between the launches for many groups.
+__global__ void sharpness_kernel(const __grid_constant__ Rhos rhos, const double* sq_norms, const float* grad_scale,
+                                 double* total, double* out) {
+  Sharpness sharpness;
+  if (!rhos.first) sharpness = {out[0], out[1]};
+  for (int g = 0; g < rhos.n; ++g) sharpness.add(sq_norms[g], rhos.at[g]);
+  out[0] = sharpness.sq;
+  out[1] = sharpness.weighted;
+  if (rhos.last) sharpness.report(grad_scale, total, out);
+}
+
+// ---- perturb and restore ----
+
+using PerturbEntry = Entry<3, Ascent>;  // param, grad, backup
+
+template <bool kAdaptive, class T>
+__device__ void perturb_elements(const Ascent& ascent, double norm, int n, T* w, const T* g, T* backup) {
+  const Ascend<arithmetic_t<T>, kAdaptive> ascend(ascent, norm);
+  const bool finite = std::isfinite(norm);
+  for_elements<T>(n, head_of<T>(n, {w, g, backup}), [&](auto width, int i) {
+    constexpr int kWidth = decltype(width)::value;
+    Vec<T, kWidth> x = read<kWidth>(w + i);
+    write(backup + i, x);
+    if (!finite) return;
+    const Vec<T, kWidth> y = read<kWidth>(g + i);
+    for (int k = 0; k < kWidth; ++k) store(x.at[k], ascend.perturbed(load(x.at[k]), load(y.at[k])));
+    write(w + i, x);
+  });
+}
+
+template <class T, int kBytes>
+__global__ void __launch_bounds__(kThreads)
+    perturb_kernel(const __grid_constant__ Entries<PerturbEntry, kBytes> entries, const double* norm) {
+  const Share<PerturbEntry> share = share_of_block(entries);
+  T* w = share.template pointer<T>(0);
+  const T* g = share.template pointer<const T>(1);
+  T* backup = share.template pointer<T>(2);
+  if (share.entry.adaptive != 0)
+    perturb_elements<true>(share.entry, *norm, share.size, w, g, backup);
+  else
+    perturb_elements<false>(share.entry, *norm, share.size, w, g, backup);
+}
+
+template <class T>
+__device__ void copy_elements(int n, T* to, const T* from) {
+  for_elements<T>(n, head_of<T>(n, {to, from}), [&](auto width, int i) {
+    write(to + i, read<decltype(width)::value>(from + i));
+  });
+}
+
+using RestoreEntry = Entry<2, Nothing>;  // param, backup
+
+template <class T, int kBytes>
+__global__ void __launch_bounds__(kThreads)
+    restore_kernel(const __grid_constant__ Entries<RestoreEntry, kBytes> entries) {
+  const Share<RestoreEntry> share = share_of_block(entries);
+  copy_elements(share.size, share.template pointer<T>(0), share.template pointer<const T>(1));
+}
+
+// ---- restore and update ----
+
+// Room for the Update of a row, whatever its arithmetic type.
+template <class Base>
+struct alignas(8) Slot {
+  char bytes[sizeof(typename Base::template Update<double>)];
+};
+
+// What the updates of a run of rows are made from. The rows' groups are first_group and on.
+template <class Base>
+struct Preparation {
+  struct Row {
+    float* step;
+    int32_t group;  // less first_group
+    bool wide;      // float64
+  };
+  static constexpr int kGroups = 16;
+  static constexpr int kMax = (kSmall - kOther - kGroups * Base::hypers * sizeof(double)) / sizeof(Row);
+  int32_t n = 0, first_row = 0, first_group = 0;
+  double hyper[kGroups][Base::hypers];
+  Row rows[kMax];
+};
+
+// One thread a row: counts its step and makes its Update.
+template <class Base>
+__global__ void __launch_bounds__(kThreads)
+    prepare_kernel(const __grid_constant__ Preparation<Base> all, const double* lr, const float* grad_scale,
+                   const float* found_inf, Slot<Base>* slots) {
+  const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  if (i >= all.n || (found_inf && *found_inf != 0)) return;
+  const auto& row = all.rows[i];
+  double hyper[Base::hypers];
+  for (int k = 0; k < Base::hypers; ++k) hyper[k] = all.hyper[row.group][k];
+  if (lr) hyper[0] = lr[all.first_group + row.group];
+  const typename Base::Step step(hyper, row.step ? *row.step += 1 : 0);
+  const double scale = grad_scale ? *grad_scale : 1;
+  void* slot = slots + all.first_row + i;
+  if (row.wide)
+    new (slot) typename Base::template Update<double>(hyper, step, scale);
+  else
+    new (slot) typename Base::template Update<float>(hyper, step, scale);
+}
+
+template <class Base>
+using UpdateEntry = Entry<3 + Base::states, Nothing>;  // param, grad, backup, states
+
+template <class T, class Base, int kBytes>
+__global__ void __launch_bounds__(kThreads)
+    update_kernel(const __grid_constant__ Entries<UpdateEntry<Base>, kBytes> entries, const Slot<Base>* slots,
+                  const float* found_inf) {
+  using A = arithmetic_t<T>;
+  const Share<UpdateEntry<Base>> share = share_of_block(entries);
+  T* w = share.template pointer<T>(0);
+  const T* g = share.template pointer<const T>(1);
+  const T* from = share.entry.pointers[2] ? share.template pointer<const T>(2) : w;
+  if (found_inf && *found_inf != 0) {
+    if (from != w) copy_elements(share.size, w, from);
+    return;
+  }
+  const auto update = *reinterpret_cast<const typename Base::template Update<A>*>(slots + share.entry.index);
+  constexpr int kStates = Base::states;
+  T* states[kStates + 1];
+  const void* pointers[3 + kStates] = {w, g, from};
+  for (int k = 0; k < kStates; ++k) pointers[3 + k] = states[k] = share.template pointer<T>(3 + k);
+  for_elements<T>(share.size, head_of<T>(share.size, pointers), [&](auto width, int i) {
+    constexpr int kWidth = decltype(width)::value;
+    Vec<T, kWidth> x = read<kWidth>(from + i), s[kStates + 1];
+    const Vec<T, kWidth> y = read<kWidth>(g + i);
+    for (int k = 0; k < kStates; ++k) s[k] = read<kWidth>(states[k] + i);
+    for (int j = 0; j < kWidth; ++j) {
+      A weight = load(x.at[j]), state[kStates + 1];
+      for (int k = 0; k < kStates; ++k) state[k] = load(s[k].at[j]);
+      update(weight, load(y.at[j]), state);
+      for (int k = 0; k < kStates; ++k) store(s[k].at[j], state[k]);
+      store(x.at[j], weight);
+    }
+    for (int k = 0; k < kStates; ++k) write(states[k] + i, s[k]);
+    write(w + i, x);
+  });
+}
+
+// ---- launches ----
+
+int64_t chunks_of(const Row& row) { return (row.numel + kChunk - 1) / kChunk; }
+
+// Fills arguments with the rows of one type, and hands them over with the number of their blocks whenever they are
+// full, and at the end. `fill` says whether it wants the row.
+template <class E, int kBytes, class Fill, class Launch>
+void for_entries(const Table& table, DType dtype, const Fill& fill, const Launch& launch) {
+  Entries<E, kBytes> entries;
+  int32_t blocks = 0;
+  const auto flush = [&] {
+    if (entries.n > 0) launch(entries, blocks);
+    entries.n = blocks = 0;
+  };
+  for (size_t r = 0; r < table.size(); ++r) {
+    E& entry = entries.at[entries.n];
+    if (table[r].dtype != dtype || table[r].numel == 0 || !fill(entry, table[r], static_cast<int>(r))) continue;
+    entry.numel = table[r].numel;
+    entry.first_block = blocks;
+    blocks += static_cast<int32_t>(chunks_of(table[r]));
+    if (++entries.n == Entries<E, kBytes>::kMax) flush();
+  }
+  flush();
+}
+
+// launch(T{}, entries, blocks) over all rows of a table, type by type.
+template <class E, class Fill, class Launch>
+void for_entries(const Table& table, const Fill& fill, const Launch& launch) {
+  for (const DType dtype : {DType::kFloat, DType::kDouble, DType::kBFloat16, DType::kHalf}) {
+    const auto n = std::count_if(table.begin(), table.end(), [&](const Row& row) { return row.dtype == dtype; });
+    with_dtype(dtype, [&](auto t) {
+      const auto one = [&](const auto& entries, int32_t blocks) { launch(t, entries, blocks); };
+      if (n > Entries<E, kSmall>::kMax && takes_large_arguments())
+        for_entries<E, kLarge>(table, dtype, fill, one);
+      else
+        for_entries<E, kSmall>(table, dtype, fill, one);
+    });
+  }
+}
+
+void grad_sq_norm(const Queue& queue, const Table& table, const Ascent* groups, int64_t n_groups, double* sq_norms) {
+  std::vector<int32_t> first(table.size() + 1), begin(n_groups + 1);  // partial sums before each row and each group
+  for (size_t r = 0; r < table.size(); ++r) {
+    first[r + 1] = first[r] + static_cast<int32_t>(chunks_of(table[r]));
+    begin[table[r].group + 1] = first[r + 1];
+  }
+  for (int64_t g = 0; g < n_groups; ++g) begin[g + 1] = std::max(begin[g], begin[g + 1]);
+  double* partial = static_cast<double*>(queue.allocate(sizeof(double) * first.back()));
+  for_entries<NormEntry>(
+      table,
+      [&](NormEntry& e, const Row& row, int r) {
+        static_cast<Ascent&>(e) = groups[row.group];
+        e.pointers[0] = row.param;
+        e.pointers[1] = const_cast<void*>(row.grad);
+        e.index = first[r];
+        return true;
+      },
+      [&]<class T, int kBytes>(T, const Entries<NormEntry, kBytes>& entries, int32_t blocks) {
+        launch(norm_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, partial);
+      });
+  for (int64_t g = 0; g < n_groups; g += Ranges::kMax) {
+    const int64_t n = std::min<int64_t>(n_groups - g, Ranges::kMax);
+    Ranges ranges;
+    std::copy_n(begin.begin() + g, n + 1, ranges.begin);
+    launch(sum_kernel, n, kSumThreads, queue.stream, ranges, partial, sq_norms + g);
+  }
+}
+
+void sharpness(const Queue& queue, const double* sq_norms, const Ascent* groups, int64_t n_groups,
+               const float* grad_scale, double* total, double* out) {
+  for (int64_t g = 0; g == 0 || g < n_groups; g += Rhos::kMax) {
+    Rhos rhos;
+    rhos.n = static_cast<int32_t>(std::min<int64_t>(n_groups - g, Rhos::kMax));
+    rhos.first = g == 0;
+    rhos.last = g + rhos.n == n_groups;
+    for (int i = 0; i < rhos.n; ++i) rhos.at[i] = groups[g + i].rho;
+    launch(sharpness_kernel, 1, 1, queue.stream, rhos, sq_norms + g, grad_scale, total, out);
+  }
+}
+
+void perturb(const Queue& queue, const Table& table, const Ascent* groups, const double* norm) {
+  for_entries<PerturbEntry>(
+      table,
+      [&](PerturbEntry& e, const Row& row, int) {
+        static_cast<Ascent&>(e) = groups[row.group];
+        e.pointers[0] = row.param;
+        e.pointers[1] = const_cast<void*>(row.grad);
+        e.pointers[2] = row.backup;
+        return true;
+      },
+      [&]<class T, int kBytes>(T, const Entries<PerturbEntry, kBytes>& entries, int32_t blocks) {
+        launch(perturb_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, norm);
+      });
+}
+
+void restore(const Queue& queue, const Table& table) {
+  for_entries<RestoreEntry>(
+      table,
+      [&](RestoreEntry& e, const Row& row, int) {
+        e.pointers[0] = row.param;
+        e.pointers[1] = row.backup;
+        return row.backup != nullptr;
+      },
+      [&]<class T, int kBytes>(T, const Entries<RestoreEntry, kBytes>& entries, int32_t blocks) {
+        launch(restore_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries);
+      });
+}
+
+template <class Base>
+void prepare(const Queue& queue, const Table& table, const double* hyper, const double* lr, const float* grad_scale,
+             const float* found_inf, Slot<Base>* slots) {
+  Preparation<Base> all;
+  const auto flush = [&](size_t next) {
+    if (all.n > 0)
+      launch(prepare_kernel<Base>, (all.n + kThreads - 1) / kThreads, kThreads, queue.stream, all, lr, grad_scale,
+             found_inf, slots);
+    all.n = 0;
+    all.first_row = static_cast<int32_t>(next);
+  };
+  for (size_t r = 0; r < table.size(); ++r) {
+    const Row& row = table[r];
+    if (all.n == all.kMax || row.group - all.first_group >= all.kGroups) flush(r);
+    if (all.n == 0) all.first_group = row.group;
+    const int group = row.group - all.first_group;
+    std::copy_n(hyper + row.group * Base::hypers, Base::hypers, all.hyper[group]);
+    all.rows[all.n++] = {row.step, group, row.dtype == DType::kDouble};
+  }
+  flush(table.size());
+}
+
+void restore_step(const Queue& queue, const Table& table, int base, const double* hyper, const double* lr,
+                  const float* grad_scale, const float* found_inf) {
+  with_base(base, [&]<class Base>(Base) {
+    using E = UpdateEntry<Base>;
+    auto* slots = static_cast<Slot<Base>*>(queue.allocate(sizeof(Slot<Base>) * table.size()));
+    prepare<Base>(queue, table, hyper, lr, grad_scale, found_inf, slots);
+    for_entries<E>(
+        table,
+        [&](E& e, const Row& row, int r) {
+          e.pointers[0] = row.param;
+          e.pointers[1] = const_cast<void*>(row.grad);
+          e.pointers[2] = row.backup;
+          std::copy_n(row.state, Base::states, e.pointers + 3);
+          e.index = r;
+          return true;
+        },
+        [&]<class T, int kBytes>(T, const Entries<E, kBytes>& entries, int32_t blocks) {
+          launch(update_kernel<T, Base, kBytes>, blocks, kThreads, queue.stream, entries, slots, found_inf);
+        });
+  });
+}
+
+}  // namespace
+
+const Backend cuda_backend{grad_sq_norm, sharpness, perturb, restore, restore_step};
+
+}  // namespace sam
