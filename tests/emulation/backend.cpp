@@ -1,0 +1,10 @@
+// The CUDA backend, emulated, in the place of the CPU's.
+#include "../../csrc/cuda.cu"
+
+namespace sam {
+
+const Backend cpu_backend = cuda_backend;
+const char* cpu_isa() { return "emulated"; }
+bool set_cpu_isa(const char*) { return false; }
+
+}  // namespace sam

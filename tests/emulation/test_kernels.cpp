@@ -1,0 +1,264 @@
+// The emulated kernels against the same functors in long double, over lists of every awkward length and alignment.
+// Prints the largest error of each type, in units in the last place; ends with 1 if one is too large.
+#include <cstdio>
+#include <memory>
+
+#include "../../csrc/cuda.cu"
+
+using namespace sam;
+
+namespace {
+
+std::mt19937 rng(7);
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+std::vector<std::unique_ptr<void, Free>> memory;
+
+// Exactly so many bytes, so that the address sanitizer sees an overrun.
+void* allocate(size_t bytes) {
+  memory.emplace_back(std::malloc(std::max<size_t>(bytes, 1)));
+  return memory.back().get();
+}
+const Queue queue{nullptr, allocate};
+
+template <class V>
+V* device(std::initializer_list<V> values) {
+  return std::copy(values.begin(), values.end(), static_cast<V*>(allocate(values.size() * sizeof(V)))) - values.size();
+}
+
+// ---- types ----
+
+using Wide = long double;
+
+struct Format {
+  const char* name;
+  int size, fraction;  // bytes, bits of the fraction
+  double worst = 0;
+};
+Format formats[] = {{"float32", 4, 23}, {"float64", 8, 52}, {"bfloat16", 2, 7}, {"float16", 2, 10}};
+
+Format& format(DType dtype) { return formats[static_cast<int>(dtype)]; }
+
+Wide get(DType dtype, const void* p, int64_t i) {
+  Wide x = 0;
+  with_dtype(dtype, [&](auto t) { x = load(static_cast<const decltype(t)*>(p)[i]); });
+  return x;
+}
+void put(DType dtype, void* p, int64_t i, double x) {
+  with_dtype(dtype, [&](auto t) {
+    store(static_cast<decltype(t)*>(p)[i], static_cast<arithmetic_t<decltype(t)>>(x));
+  });
+}
+
+// ---- lists ----
+
+struct List {
+  Table table;
+  std::vector<Ascent> ascent;
+};
+
+// A tensor of random numbers, `shift` elements after an allocation's beginning.
+void* tensor(const Row& row, int shift, bool positive = false) {
+  const int size = format(row.dtype).size;
+  char* p = static_cast<char*>(allocate((row.numel + shift) * size)) + shift * size;
+  std::normal_distribution<double> normal;
+  for (int64_t i = 0; i < row.numel; ++i) {
+    const double x = normal(rng);
+    put(row.dtype, p, i, positive ? std::abs(x) : x);
+  }
+  return p;
+}
+
+// Shifts differ between a tensor's lists where `apart`, so that they reach no 16-byte boundary together.
+List make(const std::vector<int64_t>& sizes, const std::vector<DType>& dtypes, int groups, int shift, bool apart) {
+  List list;
+  for (size_t r = 0; r < sizes.size(); ++r) {
+    Row row{dtypes[r % dtypes.size()], static_cast<int32_t>(r * groups / sizes.size()), sizes[r]};
+    row.param = tensor(row, shift);
+    row.grad = tensor(row, shift + apart);
+    row.backup = tensor(row, shift + 2 * apart);
+    for (int k = 0; k < kMaxStates; ++k) row.state[k] = tensor(row, shift + k * apart, k > 0);
+    row.step = device({static_cast<float>(r % 3)});
+    list.table.push_back(row);
+  }
+  for (int g = 0; g < groups; ++g) list.ascent.push_back({0.05 + 0.001 * (g % 7), 0.02 * (g % 3), g % 2 * 1.0});
+  return list;
+}
+
+std::vector<std::vector<Wide>> values(const Table& table, void* const* (*list)(const Row&)) {
+  std::vector<std::vector<Wide>> out;
+  for (const Row& row : table) {
+    out.emplace_back();
+    for (int64_t i = 0; *list(row) && i < row.numel; ++i) out.back().push_back(get(row.dtype, *list(row), i));
+  }
+  return out;
+}
+auto params(const Table& t) {
+  return values(t, [](const Row& r) -> void* const* { return &r.param; });
+}
+auto backups(const Table& t) {
+  return values(t, [](const Row& r) -> void* const* { return &r.backup; });
+}
+
+// ---- comparisons ----
+
+bool failed = false;
+
+void expect(bool condition, const char* what, size_t row, int64_t i) {
+  if (condition || failed) return;
+  failed = true;
+  std::printf("%s: row %zu, element %ld\n", what, row, static_cast<long>(i));
+}
+
+// Units in the last place are those of `terms`, the sum of the absolute values of what was added up, or of 1. `actual`
+// is within one of the correctly rounded number if it is within one and a half of the exact one.
+void near(DType dtype, Wide actual, Wide exact, Wide terms, const char* what, size_t row, int64_t i) {
+  Format& f = format(dtype);
+  const int exponent = std::ilogb(std::max({std::abs(exact), terms, Wide(1)})) - f.fraction;
+  const double error = static_cast<double>(std::abs(actual - exact) / std::ldexp(Wide(1), exponent));
+  f.worst = std::max(f.worst, error);
+  expect(error <= 1.5, what, row, i);
+}
+
+// ---- tests ----
+
+void ascend(const List& list) {
+  const Table& table = list.table;
+  const int64_t groups = static_cast<int64_t>(list.ascent.size());
+  const auto before = params(table);
+  std::vector<Wide> exact(groups);
+  for (size_t r = 0; r < table.size(); ++r)
+    for (int64_t i = 0; i < table[r].numel; ++i) {
+      const Ascent& a = list.ascent[table[r].group];
+      const Wide g = get(table[r].dtype, table[r].grad, i);
+      const Wide x = a.adaptive != 0 ? Ascend<Wide, true>(a).scaled(before[r][i], g) : g;
+      exact[table[r].group] += x * x;
+    }
+  auto* sq_norms = static_cast<double*>(allocate(groups * sizeof(double)));
+  cuda_backend.grad_sq_norm(queue, table, list.ascent.data(), groups, sq_norms);
+  Wide sq = 0, weighted = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    expect(std::abs(sq_norms[g] - exact[g]) <= 1e-6 * exact[g], "grad_sq_norm", g, 0);
+    sq += sq_norms[g];
+    weighted += list.ascent[g].rho * sq_norms[g];
+  }
+  auto* total = device({1.0, 2.0});
+  auto* out = static_cast<double*>(allocate(3 * sizeof(double)));
+  cuda_backend.sharpness(queue, sq_norms, list.ascent.data(), groups, device({4.0f}), total, out);
+  const Wide norm = std::sqrt(sq), value = norm == 0 ? 0 : weighted / norm;
+  const Wide wanted[] = {norm / 4, value / 4, norm};
+  for (int k = 0; k < 3; ++k) expect(std::abs(out[k] - wanted[k]) <= 1e-12 * norm, "sharpness", 0, k);
+  expect(total[0] == 1 + out[1] && total[1] == 3, "total", 0, 0);
+
+  cuda_backend.perturb(queue, table, list.ascent.data(), out + 2);
+  const auto after = params(table), saved = backups(table);
+  for (size_t r = 0; r < table.size(); ++r)
+    for (int64_t i = 0; i < table[r].numel; ++i) {
+      const Ascent& a = list.ascent[table[r].group];
+      const Wide w = before[r][i], g = get(table[r].dtype, table[r].grad, i);
+      const Wide x = a.adaptive != 0 ? Ascend<Wide, true>(a, out[2]).perturbed(w, g)
+                                     : Ascend<Wide, false>(a, out[2]).perturbed(w, g);
+      expect(saved[r][i] == w, "backup", r, i);
+      near(table[r].dtype, after[r][i], x, std::abs(w) + std::abs(x - w), "perturb", r, i);
+    }
+  cuda_backend.restore(queue, table);
+  expect(params(table) == before, "restore", 0, 0);
+
+  auto* infinite = device({HUGE_VAL});
+  cuda_backend.perturb(queue, table, list.ascent.data(), infinite);
+  expect(params(table) == before && backups(table) == before, "perturb by an infinite norm", 0, 0);
+}
+
+template <class Base>
+void descend(const List& list, int index, const std::vector<double>& hyper) {
+  Table table = list.table;
+  const int groups = static_cast<int>(list.ascent.size());
+  for (size_t r = 0; r < table.size(); ++r) {
+    if (r % 3 == 1) table[r].backup = nullptr;
+    if (!Base::counts_steps) table[r].step = nullptr;
+  }
+  std::vector<double> rows;
+  auto* lr = static_cast<double*>(allocate(groups * sizeof(double)));
+  for (int g = 0; g < groups; ++g) {
+    rows.insert(rows.end(), hyper.begin(), hyper.begin() + Base::hypers);
+    lr[g] = (g % 5 + 1) / 1024.0;
+  }
+  const double scale = 0.5;
+  const auto before = params(table), from = backups(table);
+  for (const float skip : {1.0f, 0.0f}) {
+    std::vector<std::vector<std::vector<Wide>>> states(kMaxStates);
+    std::vector<double> counts;
+    for (int k = 0; k < Base::states; ++k)
+      for (const Row& row : table) {
+        states[k].emplace_back();
+        for (int64_t i = 0; i < row.numel; ++i) states[k].back().push_back(get(row.dtype, row.state[k], i));
+      }
+    for (const Row& row : table) counts.push_back(row.step ? *row.step : 0);
+    cuda_backend.restore_step(queue, table, index, rows.data(), lr, device({static_cast<float>(scale)}), device({skip}));
+    for (size_t r = 0; r < table.size(); ++r) {
+      const Row& row = table[r];
+      if (row.step) expect(*row.step == counts[r] + (skip == 0), "step", r, 0);
+      std::vector<double> h(hyper);
+      h[0] = lr[row.group];
+      const typename Base::template Update<Wide> update(h.data(), typename Base::Step(h.data(), counts[r] + 1), scale);
+      for (int64_t i = 0; i < row.numel; ++i) {
+        Wide w = row.backup ? from[r][i] : before[r][i], state[kMaxStates] = {};
+        const Wide start = w, g = get(row.dtype, row.grad, i);
+        for (int k = 0; k < Base::states; ++k) state[k] = states[k][r][i];
+        if (skip != 0) {
+          expect(get(row.dtype, row.param, i) == start, "skipped", r, i);
+          for (int k = 0; k < Base::states; ++k)
+            expect(get(row.dtype, row.state[k], i) == state[k], "skipped state", r, i);
+          continue;
+        }
+        update(w, g, state);
+        near(row.dtype, get(row.dtype, row.param, i), w, std::abs(start) + std::abs(w - start), Base::name, r,
+             i);
+        for (int k = 0; k < Base::states; ++k)
+          near(row.dtype, get(row.dtype, row.state[k], i), state[k],
+               std::abs(states[k][r][i]) + std::abs(g / Wide(scale)), Base::name, r, i);
+      }
+    }
+  }
+}
+
+void run(const std::vector<int64_t>& sizes, const std::vector<DType>& dtypes, int groups, int shift, bool apart) {
+  memory.clear();
+  const List list = make(sizes, dtypes, groups, shift, apart);
+  ascend(list);
+  // Powers of two and the like, so that an element is the sum of a few rounded terms and nothing hides a wrong one.
+  const std::vector<double> sgd = {0, 1 / 128.0, 0, 0.5, 0.5, 1}, adam = {0, 1 / 128.0, 1, 0.875, 63 / 64.0, 1 / 8192.0, 1};
+  for (int b = 0; b < static_cast<int>(std::tuple_size_v<Bases>); ++b)
+    with_base(b, [&]<class Base>(Base) { descend<Base>(list, b, Base::counts_steps ? adam : sgd); });
+}
+
+}  // namespace
+
+// With an argument only what a thread sanitizer has the time for.
+int main(int argc, char**) {
+  using enum DType;
+  const int64_t c = kChunk;
+  std::vector<int64_t> sizes = {1, 0, 5, c - 1, c, c + 1, 7, 33, 2 * c + 9, 64, 0};
+  for (int i = 0; i < 30; ++i) sizes.push_back(i * 3 % 41);
+  try {
+    if (argc > 1) {
+      run({2 * c + 9, 1, 0, 5}, {kFloat, kHalf}, 2, 0, false);
+      return failed;
+    }
+    for (const DType dtype : {kFloat, kDouble, kBFloat16, kHalf}) {
+      run(sizes, {dtype}, 2, 0, false);
+      run(sizes, {dtype}, 2, 1, false);
+      run({3, c + 1, 17}, {dtype}, 1, 0, true);
+    }
+    run(sizes, {kFloat, kBFloat16, kDouble, kHalf}, 5, 0, false);
+    run({0, 0}, {kFloat}, 2, 0, false);
+    run(std::vector<int64_t>(1300, 3), {kFloat}, 1100, 0, false);  // more rows and groups than fit into one launch
+  } catch (const std::exception& e) {
+    std::printf("%s\n", e.what());
+    return 1;
+  }
+  for (const Format& f : formats) std::printf("%s: largest error %.3f ulp\n", f.name, f.worst);
+  return failed;
+}
