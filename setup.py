@@ -111,7 +111,9 @@ def extension():
 
 
 SOURCES = ["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/module.cpp"]
-DEPENDS = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").iterdir()) if str(p.relative_to(ROOT)) not in SOURCES]
+DEPENDS = [
+    str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").iterdir()) if str(p.relative_to(ROOT)) not in SOURCES
+]
 
 
 def build_ext():

@@ -152,7 +152,7 @@ SAM_FN void perturb_chunk(const Row& row, const Chunk& c, const Ascent& ascent, 
     const int n = std::min(kBlock, c.size - b);
     copy(backup + b, w + b, n * sizeof(T), stream);
     if (finite)
-      for (int i = b; i < b + n; ++i) store(w[i], ascend.perturbed(load(w[i]), load(g[i])));
+      for (int i = b; i < b + n; ++i) ascend.perturb(w[i], load(g[i]), static_cast<uint32_t>(c.begin) + i);
   }
 }
 

@@ -46,8 +46,8 @@ namespace sam {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSumThreads = 1024;   // of the one block that sums a group's chunks
-constexpr int64_t kChunk = 1 << 13;  // elements
+constexpr int kSumThreads = 1024;             // of the one block that sums a group's chunks
+constexpr int64_t kChunk = 1 << 13;           // elements
 constexpr int kSmall = 4096, kLarge = 32000;  // bytes of arguments
 constexpr int kOther = 64;                    // bytes of them that are not rows
 
@@ -227,7 +227,8 @@ __global__ void sharpness_kernel(const __grid_constant__ Rhos rhos, const double
 using PerturbEntry = Entry<3, Ascent>;  // param, grad, backup
 
 template <bool kAdaptive, class T>
-__device__ void perturb_elements(const Ascent& ascent, double norm, int n, T* w, const T* g, T* backup) {
+__device__ void perturb_elements(const Ascent& ascent, double norm, uint32_t first, int n, T* w, const T* g,
+                                 T* backup) {
   const Ascend<arithmetic_t<T>, kAdaptive> ascend(ascent, norm);
   const bool finite = std::isfinite(norm);
   for_elements<T>(n, head_of<T>(n, {w, g, backup}), [&](auto width, int i) {
@@ -236,7 +237,7 @@ __device__ void perturb_elements(const Ascent& ascent, double norm, int n, T* w,
     write(backup + i, x);
     if (!finite) return;
     const Vec<T, kWidth> y = read<kWidth>(g + i);
-    for (int k = 0; k < kWidth; ++k) store(x.at[k], ascend.perturbed(load(x.at[k]), load(y.at[k])));
+    for (int k = 0; k < kWidth; ++k) ascend.perturb(x.at[k], load(y.at[k]), first + i + k);
     write(w + i, x);
   });
 }
@@ -248,17 +249,17 @@ __global__ void __launch_bounds__(kThreads)
   T* w = share.template pointer<T>(0);
   const T* g = share.template pointer<const T>(1);
   T* backup = share.template pointer<T>(2);
+  const uint32_t first = static_cast<uint32_t>(share.chunk * kChunk);
   if (share.entry.adaptive != 0)
-    perturb_elements<true>(share.entry, *norm, share.size, w, g, backup);
+    perturb_elements<true>(share.entry, *norm, first, share.size, w, g, backup);
   else
-    perturb_elements<false>(share.entry, *norm, share.size, w, g, backup);
+    perturb_elements<false>(share.entry, *norm, first, share.size, w, g, backup);
 }
 
 template <class T>
 __device__ void copy_elements(int n, T* to, const T* from) {
-  for_elements<T>(n, head_of<T>(n, {to, from}), [&](auto width, int i) {
-    write(to + i, read<decltype(width)::value>(from + i));
-  });
+  for_elements<T>(n, head_of<T>(n, {to, from}),
+                  [&](auto width, int i) { write(to + i, read<decltype(width)::value>(from + i)); });
 }
 
 using RestoreEntry = Entry<2, Nothing>;  // param, backup
@@ -304,7 +305,7 @@ __global__ void __launch_bounds__(kThreads)
   double hyper[Base::hypers];
   for (int k = 0; k < Base::hypers; ++k) hyper[k] = all.hyper[row.group][k];
   if (lr) hyper[0] = lr[all.first_group + row.group];
-  const typename Base::Step step(hyper, row.step ? *row.step += 1 : 0);
+  const typename Base::Step step(hyper, row.step ? * row.step += 1 : 0);
   const double scale = grad_scale ? *grad_scale : 1;
   void* slot = slots + all.first_row + i;
   if (row.wide)

@@ -18,12 +18,26 @@ struct Ascent {
 template <class A, bool kAdaptive>
 struct Ascend {
   A eta, scale;
+  uint32_t seed;
   SAM_FN explicit Ascend(const Ascent& a, double norm = 0)
-      : eta(static_cast<A>(a.eta)), scale(static_cast<A>(a.rho / (norm + 1e-12))) {}
+      : eta(static_cast<A>(a.eta)),
+        scale(static_cast<A>(a.rho / (norm + 1e-12))),
+        seed(hashed(bits_of(static_cast<float>(norm)))) {}
   SAM_FN A scaled(A w, A g) const { return kAdaptive ? (std::abs(w) + eta) * g : g; }
   SAM_FN A perturbed(A w, A g) const {
     const A t = kAdaptive ? std::abs(w) + eta : A(1);
     return w + scale * (kAdaptive ? t * t * g : g);
+  }
+  // Perturbs element i of its tensor. Of most 16-bit weights, eps is less than half a unit in the last place, and
+  // rounding to nearest would lose it. So these are rounded by chance, which keeps it on average. The chance is a hash
+  // of the norm and i: it needs no state, differs from step to step, and a run repeats itself.
+  template <class T>
+  SAM_FN void perturb(T& w, A g, uint32_t i) const {
+    const A x = perturbed(load(w), g);
+    if constexpr (sizeof(T) == 2)
+      store_randomly(w, x, hashed(seed + i));
+    else
+      store(w, x);
   }
 };
 

@@ -95,6 +95,33 @@ SAM_FN void store(Half& out, float x) {
 #endif
 }
 
+// store_randomly() rounds up or down by chance, so that the mean over all values of `random` is x.
+SAM_FN void store_randomly(BFloat16& out, float x, uint32_t random) {
+  const uint32_t u = bits_of(x);
+  const uint32_t rounded = (u + (random >> 16)) >> 16;
+  store(out, x);
+  if ((u & 0x7f800000u) != 0x7f800000u) out.bits = static_cast<uint16_t>(rounded);
+}
+
+SAM_FN void store_randomly(Half& out, float x, uint32_t random) {
+  const uint32_t u = bits_of(x);
+  const uint32_t magnitude = u & 0x7fffffffu;
+  const uint32_t normal = (magnitude - (112u << 23) + (random >> 19)) >> 13;
+  const float units = float_of(magnitude) * 0x1p24f + static_cast<float>(random >> 16) * 0x1p-16f;
+  const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(magnitude < (113u << 23) ? units : 0));
+  uint32_t bits = magnitude < (113u << 23) ? subnormal : normal;
+  bits = bits < 0x7c00u ? bits : 0x7c00u;
+  store(out, x);
+  if (magnitude < 0x7f800000u) out.bits = static_cast<uint16_t>(bits | (u >> 16 & 0x8000u));
+}
+
+// Well mixed bits of x: Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/).
+SAM_FN uint32_t hashed(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
 // f(T{}) for the storage type T, on the host.
 template <class F>
 inline __attribute__((always_inline)) void with_dtype(DType dtype, F&& f) {

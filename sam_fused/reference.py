@@ -1,7 +1,7 @@
 """SAM in plain PyTorch loops, to be read beside Algorithm 1 of the paper: the oracle of the tests.
 
 Nothing here uses the extension. Arithmetic is in float32 or, for float64 parameters, in float64; what is stored is
-rounded once to the parameter's dtype.
+rounded once to the parameter's dtype, to nearest; the perturbed weights of 16 bits by chance.
 """
 
 from __future__ import annotations
@@ -23,6 +23,30 @@ def _wide(t: Tensor) -> Tensor:
 def _ascent_scale(w: Tensor, group: dict[str, Any]) -> Tensor:
     """T: 1, or |w| + eta for ASAM."""
     return w.abs() + group["eta"] if group["adaptive"] else torch.ones_like(w)
+
+
+def _hashed(x: Tensor) -> Tensor:
+    """csrc/scalars.h, in int64 that holds 32 bits."""
+    mask = 0xFFFFFFFF
+    x = ((x ^ x >> 16) * 0x7FEB352D) & mask
+    x = ((x ^ x >> 15) * 0x846CA68B) & mask
+    return x ^ x >> 16
+
+
+def _round_randomly(x: Tensor, like: Tensor, norm: float) -> Tensor:
+    """Float32 ``x`` to a neighbour in the 16-bit dtype of ``like``, by a chance that makes x the mean.
+
+    The chance comes from the norm and each element's place in memory, as in csrc/functors.h.
+    """
+    places = torch.empty_like(like, dtype=torch.int64)
+    places.as_strided((places.numel(),), (1,)).copy_(torch.arange(places.numel()))
+    seed = _hashed(torch.tensor(norm, dtype=torch.float32).view(torch.int32).long() & 0xFFFFFFFF)
+    chance = (_hashed((seed + places) & 0xFFFFFFFF) >> 16).double() / 2**16
+    nearest = x.to(like.dtype)
+    low = torch.where(nearest.float().abs() > x.abs(), (nearest.view(torch.int16) - 1).view(like.dtype), nearest)
+    high = (low.view(torch.int16) + 1).view(like.dtype)  # the next one away from 0
+    fraction = (x.double() - low.double()) / (high.double() - low.double())
+    return torch.where(nearest.isfinite(), torch.where(fraction + chance >= 1, high, low), nearest)
 
 
 def sgd(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
@@ -108,7 +132,8 @@ class ReferenceSAM(SAM):
         for group, p in ascent:
             w, g = _wide(p), _wide(p.grad)
             t = _ascent_scale(w, group)
-            p.copy_(w + group["rho"] / (raw.item() + 1e-12) * t * t * g)
+            perturbed = w + group["rho"] / (raw.item() + 1e-12) * t * t * g
+            p.copy_(_round_randomly(perturbed, p, raw.item()) if p.element_size() == 2 else perturbed)
 
     def _restore(self) -> None:
         for p, backup in self._backup:

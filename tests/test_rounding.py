@@ -1,0 +1,88 @@
+"""16-bit parameters: eps is smaller than their rounding, and has to get through all the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sam_fused import FusedSAM, ReferenceSAM
+from tests.cases import awkward, clones, set_grads
+
+halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
+
+
+@halves
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_reference_rounds_the_same_way(dtype, adaptive):
+    """Bit for bit, but for elements whose unrounded values differ in the last place."""
+    mine = awkward(dtype)
+    theirs = clones(mine)
+    opt, expected = (cls(p, rho=0.01, adaptive=adaptive) for cls, p in ((FusedSAM, mine), (ReferenceSAM, theirs)))
+    differing = total = 0
+    for step in range(4):
+        for o, params in ((opt, mine), (expected, theirs)):
+            set_grads(params, step)
+            o.first_step()
+        differing += sum((p != q).sum().item() for p, q in zip(mine, theirs, strict=True))
+        total += sum(p.numel() for p in mine)
+        opt.restore()
+        expected.restore()
+    assert differing < total / 1000
+
+
+@both
+@halves
+@pytest.mark.parametrize("size", [1.0, 2.0**-16], ids=["normal", "subnormal"])
+def test_eps_gets_through_on_average(cls, dtype, size):
+    """eps is 1/40 to 1/10 of the weights' last place: to nearest, not one of them would move."""
+    g = torch.Generator().manual_seed(0)
+    ulp = torch.finfo(dtype).eps if size == 1.0 else 2.0**-24
+    if size != 1.0 and dtype == torch.bfloat16:
+        pytest.skip("bfloat16 has float32's exponents")
+    magnitudes, signs = torch.rand(2, 100_000, generator=g), torch.randn(2, 100_000, generator=g).sign()
+    w = nn.Parameter(((1 + magnitudes[0]) * signs[0] * size).to(dtype))
+    start = w.detach().double()
+    w.grad = ((1 + 3 * magnitudes[1]) * signs[1]).to(dtype)
+    norm = w.grad.double().norm()
+    opt = cls([w], rho=(ulp / 40 * norm).item())
+    eps = ulp / 40 * w.grad.double()
+    opt.first_step()
+    moved = w.detach().double() - start
+    assert 0.03 < (moved != 0).double().mean() < 0.12
+    assert moved.abs().max() <= 2 * ulp  # a neighbour; below 2, the next one is as far, above it twice as far
+    kept = (moved @ eps / (eps @ eps)).item()
+    assert kept == pytest.approx(1, abs=0.05)
+
+
+@both
+@halves
+def test_the_chance_differs_from_step_to_step_and_repeats_itself(cls, dtype):
+    def run():
+        params = awkward(dtype)
+        opt = cls(params, torch.optim.SGD, lr=0.0, rho=0.01)
+        out = []
+        for _ in range(2):
+            set_grads(params, 0, scale=1 + len(out))  # the same direction, another norm
+            opt.first_step()
+            out.append(params[4].detach().clone())
+            opt.restore()
+        return out
+
+    first, again = run(), run()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(*first)
+
+
+@both
+@halves
+def test_what_needs_no_rounding_is_left_alone(cls, dtype):
+    w = nn.Parameter(torch.tensor([1.0, -2.0, 0.0, 3e-5, torch.finfo(dtype).max]).to(dtype))
+    before = w.detach().clone()
+    w.grad = torch.zeros_like(w)
+    w.grad[2] = 1.0
+    opt = cls([w], rho=0.5)
+    opt.first_step()
+    assert w[2] == 0.5
+    assert torch.equal(w[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
