@@ -64,8 +64,15 @@ DType dtype_of(const Tensor& t, const char* list, size_t i) {
   }
 }
 
-void check_like(const Tensor& t, const Tensor& param, const char* list, size_t i) {
+// A tensor subclass may be an empty wrapper.
+void check_memory(const Tensor& t, const char* list, size_t i) {
   TORCH_CHECK(t.layout() == at::kStrided, list, "[", i, "]: expected a dense tensor, got layout ", t.layout());
+  TORCH_CHECK(t.numel() == 0 || t.const_data_ptr(), list, "[", i, "]: expected a tensor with memory of its own, got a ",
+              "wrapper around others");
+}
+
+void check_like(const Tensor& t, const Tensor& param, const char* list, size_t i) {
+  check_memory(t, list, i);
   TORCH_CHECK(t.device() == param.device(), list, "[", i, "]: expected device ", param.device(), ", got ", t.device());
   TORCH_CHECK_TYPE(t.scalar_type() == param.scalar_type(), list, "[", i, "]: expected dtype ", param.scalar_type(),
                    ", got ", t.scalar_type());
@@ -134,7 +141,7 @@ class Rows {
     for (size_t g = 0; g < group_sizes.size(); ++g)
       for (int64_t k = 0; k < group_sizes[g]; ++k, ++i) {
         const Tensor& p = *params[i];
-        TORCH_CHECK(p.layout() == at::kStrided, "params[", i, "]: expected a dense tensor, got layout ", p.layout());
+        check_memory(p, "params", i);
         TORCH_CHECK(p.device() == device, "params[", i, "]: expected device ", device, ", as params[0] has, got ",
                     p.device());
         const bool has_gaps = !p.is_non_overlapping_and_dense();

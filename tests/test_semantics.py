@@ -555,6 +555,26 @@ def test_more_than_2_to_the_31_elements():
 
 # ---- nonsense ----
 
+
+class Wrapper(torch.Tensor):
+    """A subclass that holds its values in another tensor."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return Wrapper(torch.zeros(3)) if function is torch.ops.aten.detach.default else NotImplemented
+
+
+def test_a_wrapper_without_memory_is_refused():
+    p = nn.Parameter(Wrapper(torch.zeros(3)))
+    p.grad = Wrapper(torch.zeros(3))
+    with pytest.raises(RuntimeError, match=r"params\[0\]: expected a tensor with memory of its own"):
+        FusedSAM([p]).first_step()
+
+
 ERRORS = [
     ({"rho": -0.1}, ValueError, r"rho: expected a finite number >= 0, got -0\.1"),
     ({"rho": float("nan")}, ValueError, r"rho: expected a finite number >= 0, got nan"),
