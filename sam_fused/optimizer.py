@@ -177,14 +177,18 @@ class FusedSAM(SAM):
         params: parameters, named parameters or parameter groups, as for any ``torch.optim`` optimizer. Groups may have
             their own ``rho``, ``adaptive`` and ``eta``. Float32, float64, bfloat16 or float16 tensors of any shape and
             strides, mixed at will; arithmetic is in float32 (float64 for float64) and norms are summed in float64.
+            DTensors (FSDP2) may be sharded or replicated: the norm is summed over their mesh.
         base: an optimizer class. SGD, Adam and AdamW of ``torch.optim`` have native updates, fused with the restoring
             of the weights; any other class works by its own ``step()``.
         rho: radius of the neighbourhood, >= 0, in the units of the weights (for ASAM, relative to them).
         adaptive: ASAM, T = abs(w) + eta, element by element.
         eta: ASAM's offset, >= 0.
-        model: the module whose BatchNorm running statistics are to move in the first pass only.
+        model: the module whose BatchNorm running statistics are to move in the first pass only. If it is a
+            DistributedDataParallel, :meth:`step` with a closure makes the first pass under its ``no_sync``: each
+            process perturbs by its own gradient (m-sharpness).
         scaler: the ``torch.amp.GradScaler`` that scales the losses, if there is one: the sharpness is then reported
             unscaled, and an overflow in the first pass makes it back off too.
+        sync_perturbation: average the first pass over the processes too: SAM on the whole batch.
         base_kwargs: the base's own options, ``lr`` and the like.
 
     Raises:
