@@ -67,8 +67,8 @@ DType dtype_of(const Tensor& t, const char* list, size_t i) {
 // A tensor subclass may be an empty wrapper.
 void check_memory(const Tensor& t, const char* list, size_t i) {
   TORCH_CHECK(t.layout() == at::kStrided, list, "[", i, "]: expected a dense tensor, got layout ", t.layout());
-  TORCH_CHECK(t.numel() == 0 || t.const_data_ptr(), list, "[", i, "]: expected a tensor with memory of its own, got a ",
-              "wrapper around others");
+  TORCH_CHECK(t.numel() == 0 || t.is_meta() || t.const_data_ptr(), list, "[", i,
+              "]: expected a tensor with memory of its own, got a ", "wrapper around others");
 }
 
 void check_like(const Tensor& t, const Tensor& param, const char* list, size_t i) {

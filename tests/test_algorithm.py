@@ -89,7 +89,7 @@ def test_adam_second_step(cls):
 @both
 def test_momentum_starts_from_the_whole_gradient(cls):
     w = parameter(0)
-    opt = cls([w], torch.optim.SGD, lr=1.0, momentum=0.5, dampening=0.5)
+    opt = cls([w], torch.optim.SGD, rho=0.0, lr=1.0, momentum=0.5, dampening=0.5)
     for g in (2.0, 4.0):
         w.grad = torch.tensor([g], dtype=torch.float64)
         opt.step()

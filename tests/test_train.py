@@ -361,7 +361,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, kind):
 
 def test_ctrl_c_ends_cleanly(tmp_path):
     out = tmp_path / "run"
-    process = subprocess.Popen(command(out, "--epochs", "50"), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(out, "--epochs", "5000"), stderr=subprocess.PIPE, text=True)
     while not (out / "metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.01)
