@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
 import torch
 from torch import Tensor, nn
 
+PLACE = os.environ.get("SAM_FUSED_TEST_DEVICE", "cpu")  # see conftest.py
+DEVICE = torch.device("cuda:0" if PLACE == "cuda" else "cpu")
+on_the_cpu = pytest.mark.skipif(PLACE != "cpu", reason="is about the CPU backend")
 CHUNK = 1 << 14  # elements a chunk, as in csrc/cpu.cpp
 
 #: name: (base class, its options). The last is composed: the extension has no update for it.
@@ -26,9 +32,13 @@ BASES = {
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
 def awkward(dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:
     """Every shape and layout that has gone wrong somewhere; the empty tensor comes last."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
@@ -67,7 +77,7 @@ def clones(params: list[nn.Parameter]) -> list[nn.Parameter]:
 
 def set_grads(params: list[nn.Parameter], seed: int, skip: frozenset[int] = frozenset(), scale: float = 1.0) -> None:
     """Random gradients; None for the indices in ``skip``. Some are laid out otherwise than their parameter."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     for i, p in enumerate(params):
         value = (torch.randn(p.shape, generator=g, dtype=torch.float64) * scale).to(p.dtype)
         # autograd's own contiguous layout on even seeds, the parameter's on odd ones
@@ -96,6 +106,7 @@ def assert_same_state(actual, expected, tolerance: float, what: str) -> None:
         assert mine.keys() == theirs.keys(), f"{what}, state of params[{i}]"
         for key, value in theirs.items():
             if isinstance(value, Tensor):
-                assert_near(mine[key], value, tolerance, f"{what}, state of params[{i}], {key}")
+                # torch.optim counts steps on the CPU, unless it is told otherwise
+                assert_near(mine[key].to(value.device), value, tolerance, f"{what}, state of params[{i}], {key}")
             else:
                 assert mine[key] == value

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sam_fused import FusedSAM, ReferenceSAM
+from tests.cases import generator
 
 both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
 
@@ -31,7 +32,7 @@ def statistics(model: nn.Module) -> list[torch.Tensor]:
 
 @both
 def test_statistics_are_those_of_the_first_pass(cls):
-    x, y = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 2
+    x, y = torch.randn(16, 3, 6, 6, generator=generator(1)), torch.arange(16) % 2
     model, plain = network(), network()
     model(x), plain(x)  # the lazy layer
     plain.load_state_dict(model.state_dict())
@@ -58,7 +59,7 @@ def test_statistics_are_those_of_the_first_pass(cls):
 @both
 def test_without_model_they_move_twice(cls):
     """The option does something."""
-    x = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(16, 3, 6, 6, generator=generator(1))
     model = network()
     model(x)
     opt = cls(model.parameters(), torch.optim.SGD, lr=0.1)
@@ -74,7 +75,7 @@ def test_without_model_they_move_twice(cls):
 
 @both
 def test_two_call_form_and_eval_mode(cls):
-    x = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(16, 3, 6, 6, generator=generator(1))
     model = network()
     model(x)
     model[1].eval()  # a frozen layer goes on to normalise by its buffers in both passes
@@ -95,7 +96,7 @@ def test_two_call_form_and_eval_mode(cls):
 @both
 @pytest.mark.parametrize("when", [1, 2])
 def test_after_an_exception_they_are_as_the_first_forward_left_them(cls, when):
-    x = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(16, 3, 6, 6, generator=generator(1))
     model = network()
     model(x)
     opt = cls(model.parameters(), torch.optim.SGD, lr=0.1, model=model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam_fused import FusedSAM, ReferenceSAM
-from tests.cases import BASES, assert_near, assert_same_state, awkward, clones, set_grads
+from tests.cases import BASES, DEVICE, assert_near, assert_same_state, awkward, clones, set_grads
 
 both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
 bases = pytest.mark.parametrize("base", ["sgd_dampening", "adam_amsgrad", "adamw", "rmsprop"])
@@ -14,7 +14,7 @@ SCALE = 2.0**10
 
 
 def scaler(**options) -> torch.amp.GradScaler:
-    s = torch.amp.GradScaler("cpu", init_scale=SCALE, **options)
+    s = torch.amp.GradScaler(DEVICE.type, init_scale=SCALE, **options)
     s.scale(torch.zeros(1))  # which makes the scale tensor
     return s
 
@@ -145,7 +145,7 @@ def test_closure(cls, enabled):
     models = [torch.nn.Linear(4, 3).double() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     x = torch.randn(8, 4, dtype=torch.float64)
-    amp = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=enabled)
+    amp = torch.amp.GradScaler(DEVICE.type, init_scale=SCALE, enabled=enabled)
     opt = cls(models[0].parameters(), torch.optim.Adam, lr=0.1, scaler=amp)
     plain = cls(models[1].parameters(), torch.optim.Adam, lr=0.1)
 
@@ -211,13 +211,13 @@ def test_autocast_trains(dtype):
     model = torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3))
     x = torch.randn(64, 10)
     y = x[:, :3].argmax(1)
-    amp = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # which overflows in float16 at first, and backs off
+    amp = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24)  # which overflows in float16 at first, and backs off
     opt = FusedSAM(model.parameters(), torch.optim.Adam, lr=0.02, rho=0.05, scaler=amp)
     losses = []
     for _ in range(80):
         for _ in range(2):
             opt.zero_grad()
-            with torch.autocast("cpu", dtype):
+            with torch.autocast(DEVICE.type, dtype):
                 loss = torch.nn.functional.cross_entropy(model(x), y)
             amp.scale(loss).backward()
             opt.first_step() if not opt.perturbed else amp.step(opt)

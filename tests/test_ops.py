@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sam_fused import _C
-from tests.cases import CHUNK
+from tests.cases import CHUNK, DEVICE, generator, on_the_cpu
 
 OPS = torch.ops.sam_fused
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -22,11 +22,15 @@ STATES = {"sgd": 0, "sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}
 
 
 def rows(*values):
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def there(*values):
+    return rows(*values).to(DEVICE)
 
 
 def make(dtype=torch.float32, sizes=(5, 3), seed=0):
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     return [torch.randn(n, generator=g, dtype=torch.float64).to(dtype) for n in sizes]
 
 
@@ -41,10 +45,10 @@ def arguments(op, base="adam", dtype=torch.float32, sizes=(5, 3)):
     if op == "grad_sq_norm":
         return common
     if op == "sharpness_":
-        return {"sq_norms": rows(4.0, 5.0), "ascent": common["ascent"], "total": rows(0.0, 0.0)}
+        return {"sq_norms": there(4.0, 5.0), "ascent": common["ascent"], "total": there(0.0, 0.0)}
     backups = make(dtype, sizes, 3)
     if op == "perturb_":
-        norm = rows(3.0)[0]
+        norm = there(3.0)[0]
         return {
             **{k: common[k] for k in ("params", "grads")},
             "backups": backups,
@@ -116,7 +120,7 @@ def test_autograd_notices_the_mutation():
     w = torch.ones(3, requires_grad=True)
     loss = (w * w).sum()
     with torch.no_grad():
-        OPS.perturb_([w], [torch.ones(3)], [torch.empty(3)], rows(1.0)[0], rows([0.1, 0, 0]), [1])
+        OPS.perturb_([w], [torch.ones(3)], [torch.empty(3)], there(1.0)[0], rows([0.1, 0, 0]), [1])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -151,6 +155,7 @@ def everything(dtype, adaptive):
     return out
 
 
+@on_the_cpu
 @pytest.mark.parametrize("adaptive", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set_gives_the_same_bits(dtype, adaptive, isa):
@@ -171,6 +176,7 @@ def test_unknown_instruction_set():
         _C.set_cpu_isa("mmx")
 
 
+@on_the_cpu
 @pytest.mark.parametrize("adaptive", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_thread_count_gives_the_same_bits(dtype, adaptive, threads):
@@ -182,6 +188,7 @@ def test_every_thread_count_gives_the_same_bits(dtype, adaptive, threads):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@on_the_cpu
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
 def test_one_openmp_runtime():
     """Two of them, and torch.set_num_threads steers the wrong one."""
@@ -210,7 +217,7 @@ def test_half_type_conversions(dtype):
     number = ~every.isnan()
     assert torch.equal(w.view(torch.int16)[number], bits[number])
     assert w[~number].isnan().all()
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     a, b = (every[torch.randint(0, 1 << 16, (1 << 20,), generator=g)] for _ in range(2))
     w = a.clone()
     _C.restore_step_("sgd", [w], [b], [None], [], [], rows([1.0, 0, 0, 0, 0, 0]), [1])
@@ -236,7 +243,7 @@ ERRORS = [
     ("grad_sq_norm", change(grads=[make()[0], make()[1].double()]), TypeError,
      r"grads\[1\]: expected dtype Float, got Double"),
     ("grad_sq_norm", change(grads=[make()[0], torch.ones(3, device="meta")]), RuntimeError,
-     r"grads\[1\]: expected device cpu, got meta"),
+     rf"grads\[1\]: expected device {DEVICE}, got meta"),
     ("grad_sq_norm", change(grads=[make()[0], torch.ones(3).to_sparse()]), RuntimeError,
      r"grads\[1\]: expected a dense tensor, got layout Sparse"),
     ("grad_sq_norm", change(params=[torch.ones(5), torch.ones(3).int()]), TypeError,
@@ -245,7 +252,7 @@ ERRORS = [
      r"ascent: expected shape \[2, 3\], got \[1, 3\]"),
     ("grad_sq_norm", change(ascent=torch.ones(2, 3)), RuntimeError,
      r"ascent: expected a contiguous float64 tensor on the CPU, got Float"),
-    ("sharpness_", change(total=rows(0.0)), RuntimeError,
+    ("sharpness_", change(total=there(0.0)), RuntimeError,
      r"total: expected 2 contiguous float64 elements"),
     ("perturb_", change(backups=[torch.ones(5), torch.ones(3).half()]), TypeError,
      r"backups\[1\]: expected dtype Float, got Half"),
@@ -263,10 +270,12 @@ ERRORS = [
      r"steps\[1\]: expected one float32 element.*Long"),
     ("restore_step_", change(hyper=rows([1.0], [1.0])), RuntimeError,
      r"hyper: expected shape \[2, 7\], got \[2, 1\]"),
-    ("sharpness_", change(grad_scale=rows(1.0)), RuntimeError,
-     r"grad_scale: expected one float32 element on cpu, got Double"),
+    ("sharpness_", change(grad_scale=there(1.0)), RuntimeError,
+     rf"grad_scale: expected one float32 element on {DEVICE}, got Double"),
     ("restore_step_", change(found_inf=torch.zeros(2)), RuntimeError,
-     r"found_inf: expected one float32 element on cpu, got Float of shape \[2\]"),
+     rf"found_inf: expected one float32 element on {DEVICE}, got Float of shape \[2\]"),
+    ("restore_step_", change(lr=there(1.0)), RuntimeError,
+     r"lr: expected 2 contiguous float64 elements"),
 ]  # fmt: skip
 
 

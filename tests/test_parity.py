@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sam_fused import FusedSAM, ReferenceSAM
-from tests.cases import BASES, TOLERANCE, assert_near, assert_same_state, awkward, clones, set_grads
+from tests.cases import BASES, TOLERANCE, assert_near, assert_same_state, awkward, clones, generator, set_grads
 
 STEPS = 30
 HALF = (torch.bfloat16, torch.float16)
@@ -103,7 +103,7 @@ def test_mixed_dtypes(base):
     cls, options = BASES[base]
     dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
     params = [p for i, dtype in enumerate(dtypes) for p in awkward(dtype, seed=i)[:9]]
-    order = torch.randperm(len(params), generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(len(params), generator=generator(0)).tolist()
     options = {**options, "eps": 1e-4} if base != "sgd_momentum" else options
     lockstep([{"params": [params[i] for i in order]}], cls, options, steps=8, rho=0.1)
 
@@ -116,7 +116,7 @@ def test_drawn_lists(data):
     cls, options = BASES[draw(st.sampled_from(sorted(BASES)))]
     dtype = draw(st.sampled_from([torch.float64, torch.float32]))
     shape = st.lists(st.integers(0, 9), min_size=0, max_size=4)
-    g = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    g = generator(draw(st.integers(0, 99)))
     groups, n = [], 0
     for _ in range(draw(st.integers(1, 3))):
         params = []

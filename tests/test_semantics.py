@@ -18,7 +18,7 @@ from torch import nn
 
 import sam_fused.optimizer
 from sam_fused import _C, FusedSAM, ReferenceSAM
-from tests.cases import BASES, assert_near, awkward, clones, set_grads
+from tests.cases import BASES, assert_near, awkward, clones, on_the_cpu, set_grads
 from tests.test_parity import lockstep
 
 both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
@@ -513,6 +513,7 @@ def test_the_optimizer_is_freed_without_the_collector():
 # ---- memory and devices ----
 
 
+@on_the_cpu
 def test_a_step_allocates_nothing_but_the_backup():
     params = [nn.Parameter(torch.randn(1 << 18)) for _ in range(8)]
     size = sum(p.numel() * 4 for p in params)
@@ -533,6 +534,7 @@ def test_several_devices(monkeypatch):
     assert len(places) > 2
 
 
+@on_the_cpu
 def test_more_than_2_to_the_31_elements():
     """Offsets past 32 bits; zeros that NumPy has not touched and that are only read cost no memory."""
     n = (1 << 31) + 5

@@ -159,8 +159,8 @@ EMULATION_FN Index block_size() { return {block->threads}; }
 EMULATION_FN void to_scheduler(bool dying = false) {
   Thread* me = current;
   (void)dying;
-  EMULATION_ASAN(__sanitizer_start_switch_fiber(dying ? nullptr : &me->asan_stack, scheduler_stack,
-                                                scheduler_stack_size);)
+  EMULATION_ASAN(
+      __sanitizer_start_switch_fiber(dying ? nullptr : &me->asan_stack, scheduler_stack, scheduler_stack_size);)
   EMULATION_TSAN(__tsan_switch_to_fiber(scheduler_fiber, 1);)
   switch_context(me->context, scheduler);
   EMULATION_ASAN(__sanitizer_finish_switch_fiber(me->asan_stack, &scheduler_stack, &scheduler_stack_size);)
@@ -354,12 +354,12 @@ EMULATION_FN void run_grid(unsigned blocks, unsigned threads, const std::functio
 #define __syncthreads() ::emulation::barrier(__LINE__)
 #define __shfl_down_sync(mask, x, delta) ::emulation::shuffle_down(__LINE__, mask, x, delta)
 
-#define SAM_SHARED(T, name, n)                                    \
-  T* const name = reinterpret_cast<T*>(::emulation::shared(       \
-      [] {                                                        \
-        static const char key = 0;                                \
-        return &key;                                              \
-      }(),                                                        \
+#define SAM_SHARED(T, name, n)                              \
+  T* const name = reinterpret_cast<T*>(::emulation::shared( \
+      [] {                                                  \
+        static const char key = 0;                          \
+        return &key;                                        \
+      }(),                                                  \
       sizeof(T) * (n)))
 
 namespace sam {

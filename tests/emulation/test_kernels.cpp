@@ -47,9 +47,7 @@ Wide get(DType dtype, const void* p, int64_t i) {
   return x;
 }
 void put(DType dtype, void* p, int64_t i, double x) {
-  with_dtype(dtype, [&](auto t) {
-    store(static_cast<decltype(t)*>(p)[i], static_cast<arithmetic_t<decltype(t)>>(x));
-  });
+  with_dtype(dtype, [&](auto t) { store(static_cast<decltype(t)*>(p)[i], static_cast<arithmetic_t<decltype(t)>>(x)); });
 }
 
 // ---- lists ----
@@ -196,7 +194,8 @@ void descend(const List& list, int index, const std::vector<double>& hyper) {
         for (int64_t i = 0; i < row.numel; ++i) states[k].back().push_back(get(row.dtype, row.state[k], i));
       }
     for (const Row& row : table) counts.push_back(row.step ? *row.step : 0);
-    cuda_backend.restore_step(queue, table, index, rows.data(), lr, device({static_cast<float>(scale)}), device({skip}));
+    cuda_backend.restore_step(queue, table, index, rows.data(), lr, device({static_cast<float>(scale)}),
+                              device({skip}));
     for (size_t r = 0; r < table.size(); ++r) {
       const Row& row = table[r];
       if (row.step) expect(*row.step == counts[r] + (skip == 0), "step", r, 0);
@@ -214,8 +213,7 @@ void descend(const List& list, int index, const std::vector<double>& hyper) {
           continue;
         }
         update(w, g, state);
-        near(row.dtype, get(row.dtype, row.param, i), w, std::abs(start) + std::abs(w - start), Base::name, r,
-             i);
+        near(row.dtype, get(row.dtype, row.param, i), w, std::abs(start) + std::abs(w - start), Base::name, r, i);
         for (int k = 0; k < Base::states; ++k)
           near(row.dtype, get(row.dtype, row.state[k], i), state[k],
                std::abs(states[k][r][i]) + std::abs(g / Wide(scale)), Base::name, r, i);
@@ -229,7 +227,8 @@ void run(const std::vector<int64_t>& sizes, const std::vector<DType>& dtypes, in
   const List list = make(sizes, dtypes, groups, shift, apart);
   ascend(list);
   // Powers of two and the like, so that an element is the sum of a few rounded terms and nothing hides a wrong one.
-  const std::vector<double> sgd = {0, 1 / 128.0, 0, 0.5, 0.5, 1}, adam = {0, 1 / 128.0, 1, 0.875, 63 / 64.0, 1 / 8192.0, 1};
+  const std::vector<double> sgd = {0, 1 / 128.0, 0, 0.5, 0.5, 1},
+                            adam = {0, 1 / 128.0, 1, 0.875, 63 / 64.0, 1 / 8192.0, 1};
   for (int b = 0; b < static_cast<int>(std::tuple_size_v<Bases>); ++b)
     with_base(b, [&]<class Base>(Base) { descend<Base>(list, b, Base::counts_steps ? adam : sgd); });
 }

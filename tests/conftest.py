@@ -1,0 +1,26 @@
+"""Where the tests run. SAM_FUSED_TEST_DEVICE is one of
+
+- cpu: the default,
+- cuda: the same tests with every tensor on the GPU,
+- emulated: tensors on the CPU, and the CUDA backend compiled for the CPU (tests/emulation) in the place of the CPU's.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from tests.cases import DEVICE, PLACE
+
+if PLACE == "emulated":
+    from tests.emulation.build import extension
+
+    sys.modules["sam_fused._C"] = extension()
+elif PLACE == "cuda":
+    if not torch.cuda.is_available():
+        pytest.exit("SAM_FUSED_TEST_DEVICE is cuda, and there is no GPU", returncode=1)
+    torch.set_default_device(DEVICE)
+elif PLACE != "cpu":
+    pytest.exit(f"SAM_FUSED_TEST_DEVICE: expected cpu, cuda or emulated, got {PLACE!r}", returncode=1)

@@ -1,0 +1,62 @@
+"""Compiles the CUDA backend for the CPU, with the host's C++ compiler alone."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+]
+
+#: Fewer threads, and chunks to match: what sanitizers have the time for.
+SMALL = {
+    "kThreads = 256;": "kThreads = 64;",
+    "kSumThreads = 1024;": "kSumThreads = 64;",
+    "kChunk = 1 << 13;": "kChunk = 1 << 9;",
+}
+
+
+def extension() -> ModuleType:
+    """sam_fused._C with the emulated backend in the place of the CPU's."""
+    from torch.utils.cpp_extension import load
+
+    folder = ROOT / "build" / "emulation"
+    folder.mkdir(parents=True, exist_ok=True)
+    return load(
+        "_C",
+        [str(p) for p in (CSRC / "ops.cpp", CSRC / "module.cpp", HERE / "backend.cpp")],
+        extra_cflags=FLAGS,
+        extra_include_paths=[str(CSRC), str(HERE)],
+        build_directory=str(folder),
+    )
+
+
+def kernels(folder: Path, sanitizers: str, changes: dict[str, str]) -> Path:
+    """test_kernels.cpp with a csrc/cuda.cu in which every key of ``changes``, which must occur once, is its value.
+
+    ``sanitizers`` are those of -fsanitize=, or none.
+    """
+    folder.mkdir()
+    source = (CSRC / "cuda.cu").read_text()
+    for old, new in changes.items():
+        assert source.count(old) == 1, f"csrc/cuda.cu: expected {old!r} once, found it {source.count(old)} times"
+        source = source.replace(old, new)
+    (folder / "cuda.cu").write_text(source)
+    test = (HERE / "test_kernels.cpp").read_text()
+    (folder / "test_kernels.cpp").write_text(test.replace('"../../csrc/cuda.cu"', '"cuda.cu"'))
+    program = folder / "test_kernels"
+    checks = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
+    command = ["g++", *FLAGS, "-g1", *checks, f"-I{CSRC}", f"-I{HERE}", f"-I{folder}"]
+    subprocess.run([*command, str(folder / "test_kernels.cpp"), "-o", str(program)], check=True)
+    return program
