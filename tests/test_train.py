@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -361,7 +362,9 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, kind):
 
 def test_ctrl_c_ends_cleanly(tmp_path):
     out = tmp_path / "run"
-    process = subprocess.Popen(command(out, "--epochs", "5000"), stderr=subprocess.PIPE, text=True)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # not so in a shell's background
+    command_line = command(out, "--epochs", "5000")
+    process = subprocess.Popen(command_line, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     while not (out / "metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.01)
