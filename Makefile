@@ -7,7 +7,7 @@ DEMO := $(BIN)/python train.py --dataset digits --width 16 --epochs 8 --base ada
 RESULTS := runs/bench
 SOURCES := setup.py $(wildcard csrc/*)
 
-.PHONY: demo test lint format build bench clean
+.PHONY: demo test lint format build bench gpu-check clean
 
 demo: build
 	rm -rf runs/demo
@@ -24,15 +24,19 @@ bench: build
 	$(BIN)/python benchmarks/bench_train.py --out $(RESULTS)
 	$(BIN)/python benchmarks/bench_scaling.py --out $(RESULTS)
 
+# On a machine with a GPU.
+gpu-check: build
+	$(BIN)/python tests/gpu_check.py
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/emulation/*.cpp tests/emulation/*.h
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i csrc/* tests/emulation/*.cpp tests/emulation/*.h
 
 build: $(VENV)/.built
 

@@ -32,7 +32,14 @@ CXX_FLAGS = [
     "-Wall",
     "-Wno-psabi",
 ]
-NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--threads=0", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-Wall"]
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fmad=false",  # the CPU's bits
+    "--threads=0",
+    "-Xfatbin=-compress-all",
+    "-Xcompiler=-fvisibility=hidden,-Wall",
+]
 
 
 def candidates() -> list[Path]:
@@ -111,9 +118,7 @@ def extension():
 
 
 SOURCES = ["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/module.cpp"]
-DEPENDS = [
-    str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").iterdir()) if str(p.relative_to(ROOT)) not in SOURCES
-]
+DEPENDS = [f"csrc/{p.name}" for p in sorted((ROOT / "csrc").iterdir()) if f"csrc/{p.name}" not in SOURCES]
 
 
 def build_ext():

@@ -10,6 +10,21 @@ from torch import Tensor, nn
 
 PLACE = os.environ.get("SAM_FUSED_TEST_DEVICE", "cpu")  # see conftest.py
 DEVICE = torch.device("cuda:0" if PLACE == "cuda" else "cpu")
+#: The test files that run on every device; the others are about what is around the arithmetic.
+DEVICE_TESTS = [
+    f"test_{name}.py"
+    for name in (
+        "parity",
+        "ops",
+        "algorithm",
+        "semantics",
+        "rounding",
+        "grad_scaler",
+        "torch_optim",
+        "batchnorm",
+        "capturable",
+    )
+]
 on_the_cpu = pytest.mark.skipif(PLACE != "cpu", reason="is about the CPU backend")
 CHUNK = 1 << 14  # elements a chunk, as in csrc/cpu.cpp
 

@@ -8,11 +8,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.cases import DEVICE, PLACE
+from tests.cases import DEVICE, DEVICE_TESTS, PLACE
+
+if PLACE != "cpu":
+    collect_ignore = [p.name for p in Path(__file__).parent.glob("test_*.py") if p.name not in DEVICE_TESTS]
 
 if PLACE == "emulated":
     from tests.emulation.build import extension

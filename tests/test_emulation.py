@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cases import on_the_cpu
+from tests.cases import DEVICE_TESTS, on_the_cpu
 from tests.emulation.build import SMALL, kernels
 
 pytestmark = on_the_cpu
@@ -90,18 +90,23 @@ def test_kernels(name, programs, workers):
     assert len(set(outcomes)) == 1
 
 
+def test_launches(programs, monkeypatch):
+    """As many as the cost model says, for any number of tensors."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from cost_model import launches_of
+
+    tensors = [1, 62, 63, 64, 72, 73, 200, 499, 500, 1000, 2000]
+    counted = run(programs["plain"].result(), "0", *map(str, tensors)).stdout.split()
+    assert [int(n) for n in counted] == [launches_of("adam", n) for n in tensors]
+    assert int(counted[1]) == 6  # ResNet-18
+
+
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs_are_found(name, programs):
     *_, report = BUGS[name]
     done = run(programs[name].result(), "0", *(["quick"] if "thread" in BUGS[name][0] else []))
     assert done.returncode != 0
     assert re.search(report, done.stdout + done.stderr)
-
-
-PYTHON_TESTS = [
-    ["test_parity.py"],
-    ["test_ops.py", "test_algorithm.py", "test_semantics.py", "test_grad_scaler.py", "test_torch_optim.py"],
-]
 
 
 def test_python_tests(workers):
@@ -113,6 +118,6 @@ def test_python_tests(workers):
         paths = [str(ROOT / "tests" / file) for file in files]
         return subprocess.run([*command, *paths], cwd=ROOT, capture_output=True, text=True, env=environment)
 
-    for done in workers.map(pytest_run, PYTHON_TESTS):
+    for done in workers.map(pytest_run, (DEVICE_TESTS[:1], DEVICE_TESTS[1:])):  # about half the time each
         assert done.returncode == 0, done.stdout + done.stderr
         assert re.search(r"\d\d+ passed", done.stdout)

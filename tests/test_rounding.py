@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sam_fused import FusedSAM, ReferenceSAM
-from tests.cases import awkward, clones, set_grads
+from tests.cases import awkward, clones, generator, set_grads
 
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
@@ -37,7 +37,7 @@ def test_the_reference_rounds_the_same_way(dtype, adaptive):
 @pytest.mark.parametrize("size", [1.0, 2.0**-16], ids=["normal", "subnormal"])
 def test_eps_gets_through_on_average(cls, dtype, size):
     """eps is 1/40 to 1/10 of the weights' last place: to nearest, not one of them would move."""
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     ulp = torch.finfo(dtype).eps if size == 1.0 else 2.0**-24
     if size != 1.0 and dtype == torch.bfloat16:
         pytest.skip("bfloat16 has float32's exponents")

@@ -9,15 +9,7 @@ from types import ModuleType
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
-FLAGS = [
-    "-std=c++20",
-    "-O1",
-    "-ffp-contract=off",
-    "-fno-strict-aliasing",
-    "-Wall",
-    "-Wno-unknown-pragmas",
-    "-Wno-psabi",
-]
+FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
 
 #: Fewer threads, and chunks to match: what sanitizers have the time for.
 SMALL = {

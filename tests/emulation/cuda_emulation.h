@@ -136,7 +136,7 @@ inline size_t scheduler_stack_size = 0;
 inline std::exception_ptr error;
 inline std::vector<char*> garbage;
 inline std::vector<std::pair<void*, char*>> fibers;  // of the thread sanitizer, with their stacks
-inline size_t blocks_run = 0;
+inline size_t launches = 0, blocks_run = 0;
 alignas(8) inline char launch_begin = 0;
 alignas(8) inline char launch_end = 0;
 
@@ -314,6 +314,7 @@ EMULATION_FN void run_grid(unsigned blocks, unsigned threads, const std::functio
   const char* text = std::getenv("EMULATION_ORDER");
   const int seed = text ? std::atoi(text) : 0;
   std::mt19937 random(seed);
+  ++launches;
   std::vector<unsigned> thread_order(threads), block_order(blocks);
   for (auto* order : {&thread_order, &block_order}) {
     std::iota(order->begin(), order->end(), 0);

@@ -235,9 +235,26 @@ void run(const std::vector<int64_t>& sizes, const std::vector<DType>& dtypes, in
 
 }  // namespace
 
-// With an argument only what a thread sanitizer has the time for.
-int main(int argc, char**) {
+// Of a step with Adam.
+size_t launches_for(int tensors) {
+  const List list = make(std::vector<int64_t>(tensors, 2), {DType::kFloat}, 1, 0, false);
+  const size_t before = emulation::launches;
+  auto* doubles = static_cast<double*>(allocate(6 * sizeof(double)));
+  cuda_backend.grad_sq_norm(queue, list.table, list.ascent.data(), 1, doubles);
+  cuda_backend.sharpness(queue, doubles, list.ascent.data(), 1, nullptr, doubles + 1, doubles + 3);
+  cuda_backend.perturb(queue, list.table, list.ascent.data(), doubles + 5);
+  const double hyper[] = {0.1, 0, 0, 0.9, 0.99, 1e-8, 0};
+  cuda_backend.restore_step(queue, list.table, 2, hyper, nullptr, nullptr, nullptr);
+  return emulation::launches - before;
+}
+
+// With "quick" only what a thread sanitizer has the time for; with a number, the launches for so many tensors.
+int main(int argc, char** argv) {
   using enum DType;
+  if (argc > 1 && std::atoi(argv[1]) > 0) {
+    for (int i = 1; i < argc; ++i) std::printf("%zu\n", launches_for(std::atoi(argv[i])));
+    return 0;
+  }
   const int64_t c = kChunk;
   std::vector<int64_t> sizes = {1, 0, 5, c - 1, c, c + 1, 7, 33, 2 * c + 9, 64, 0};
   for (int i = 0; i < 30; ++i) sizes.push_back(i * 3 % 41);

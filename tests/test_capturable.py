@@ -1,0 +1,85 @@
+"""What a CUDA graph asks of a step: a learning rate and counters on the device, and errors where it cannot be kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sam_fused.optimizer
+from sam_fused import FusedSAM
+from sam_fused.bases import native_update
+from tests.cases import DEVICE, awkward, clones, set_grads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("base", "options"), [(torch.optim.Adam, {"capturable": True}), (torch.optim.SGD, {})])
+def test_a_learning_rate_in_a_tensor(base, options, dtype):
+    """Changed in place, in one of two groups; the bits of a float's."""
+    mine = awkward(torch.float64)
+    theirs = clones(mine)
+    lr = torch.tensor(0.5, dtype=dtype)
+    opt = FusedSAM([{"params": mine[:6]}, {"params": mine[6:], "lr": 0.25}], base, lr=lr, **options)
+    plain = FusedSAM([{"params": theirs[:6]}, {"params": theirs[6:], "lr": 0.25}], base, lr=0.5)
+    for step in range(3):
+        lr.fill_(0.5 ** (step + 1))
+        plain.param_groups[0]["lr"] = 0.5 ** (step + 1)
+        for o, params in ((opt, mine), (plain, theirs)):
+            set_grads(params, step)
+            o.first_step()
+            o.second_step()
+    assert all(torch.equal(p, q) for p, q in zip(mine, theirs, strict=True))
+    assert opt.state[mine[0]].get("step", torch.zeros((), device=DEVICE)).device == DEVICE
+
+
+def test_errors_under_capture(monkeypatch):
+    params = awkward(torch.float32)
+    set_grads(params, 0)
+    capturing = False
+    monkeypatch.setattr(sam_fused.optimizer, "_capturing", lambda: capturing)
+    for options, message in (
+        ({}, r"param_groups\[0\]: a CUDA graph is capturing .* capturable=True"),
+        ({"capturable": True}, r"state cannot be made in a CUDA graph: run a step before"),
+    ):
+        opt = FusedSAM(params, torch.optim.Adam, **options)
+        capturing = True
+        opt.first_step()
+        with pytest.raises(RuntimeError, match=message):
+            opt.second_step()
+        opt.restore()
+        capturing = False
+        opt.step()
+    capturing = True
+    opt.first_step()
+    opt.second_step()  # the state is there
+
+
+def test_measurements_stay_where_a_graph_writes_them():
+    params = awkward(torch.float32)
+    set_grads(params, 0)
+    opt = FusedSAM(params)
+    opt.measure_sharpness()
+    total = opt._total
+    assert opt.mean_sharpness() > 0
+    assert opt._total is total
+    assert opt.mean_sharpness().isnan()
+
+
+def test_betas_in_tensors_are_left_to_the_base():
+    base = torch.optim.Adam(awkward(torch.float32))
+    group = base.param_groups[0]
+    assert native_update(base, group) is not None
+    assert native_update(base, {**group, "betas": (torch.tensor(0.9), 0.999)}) is None
+
+
+def test_the_default_device_is_not_asked():
+    params = awkward(torch.float32)
+    set_grads(params, 0)
+    opt = FusedSAM(params, torch.optim.Adam)
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        opt.first_step()
+        opt.second_step()
+    finally:
+        torch.set_default_device(before)
+    assert opt.state[params[0]]["step"].device == DEVICE

@@ -1,0 +1,101 @@
+"""What can be said of the CUDA build without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sam_fused import _C
+from tests import sass
+
+ROOT = Path(__file__).parents[1]
+
+STREAMS = {  # read and written, by kernel
+    "norm_kernel": (1, 0),
+    "perturb_kernel": (2, 2),
+    "restore_kernel": (1, 1),
+    "update_kernel": (2, 1),
+}
+
+
+@pytest.mark.skipif(not _C.has_cuda, reason="built without CUDA")
+@pytest.mark.skipif(sass.tools() is None, reason="needs cuobjdump, nvdisasm and c++filt")
+def test_machine_code():
+    path = sass.tools()
+    binary = Path(_C.__file__)
+    archs = sass.archs(binary, path)
+    assert archs
+    for arch in archs:
+        kernels = sass.kernels(binary, path, arch)
+        assert sum(name.startswith("update_kernel") for name in kernels) == 32  # bases x types x sizes
+        for name, kernel in kernels.items():
+            where = f"{arch}, {name}: {kernel}"
+            assert kernel.local_bytes == 0, where
+            assert not [i for i in kernel.instructions if i.startswith(("LDL", "STL"))], where
+            # So that a multiprocessor's 65,536 have room for four blocks of 256 threads.
+            assert kernel.registers <= (96 if "double" in name else 64), where
+            reads, writes = STREAMS.get(name.split("<")[0], (0, 0))
+            assert sum(n for i, n in kernel.instructions.items() if re.match(r"LDG.*\.128", i)) >= reads, where
+            assert sum(n for i, n in kernel.instructions.items() if re.match(r"STG.*\.128", i)) >= writes, where
+
+
+def setup(**environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "--name"]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_without_a_toolkit(tmp_path):
+    """One line says that CUDA is left out; asked for by name it is an error."""
+    done = setup(CUDA_HOME=str(tmp_path), SAM_FUSED_CUDA="")
+    assert done.returncode == 0, done.stderr
+    notice = [line for line in done.stderr.splitlines() if line.startswith("sam_fused: building without CUDA kernels")]
+    assert len(notice) == 1
+    done = setup(CUDA_HOME=str(tmp_path), SAM_FUSED_CUDA="1")
+    assert done.returncode != 0
+    assert re.search("SAM_FUSED_CUDA=1, but (no nvcc of CUDA|this torch is built)", done.stderr)
+    assert "without CUDA" not in setup(CUDA_HOME=str(tmp_path), SAM_FUSED_CUDA="0").stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
+def test_a_toolkit_of_another_version(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime_api.h").touch()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 9.1, V9.1.85\n")
+    nvcc.chmod(0o755)
+    done = setup(CUDA_HOME=str(tmp_path), SAM_FUSED_CUDA="1")
+    assert done.returncode != 0
+    assert f"torch's version; {nvcc} is of CUDA 9.1" in done.stderr
+
+
+def test_nonsense():
+    done = setup(SAM_FUSED_CUDA="yes")
+    assert done.returncode != 0
+    assert "SAM_FUSED_CUDA: expected 0 or 1, got 'yes'" in done.stderr
+
+
+def test_gpu_check_dry_run():
+    command = [sys.executable, "tests/gpu_check.py", "--device", "cpu", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = dict(re.findall(r"^\| (\w+) \| (\w+) \|", done.stdout, re.MULTILINE))
+    ran = {"tests", "same_bits", "bandwidth", "rivals"}
+    skipped = {"build", "graph", "no_synchronisation", "launches", "memcheck", "racecheck", "synccheck", "initcheck"}
+    assert outcomes == {"check": "outcome", **dict.fromkeys(ran, "ok"), **dict.fromkeys(skipped, "skipped")}
+
+
+def test_cost_model():
+    command = [sys.executable, "benchmarks/cost_model.py", "--networks", "ResNet-18"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = dict(re.findall(r"^\| ResNet-18[^|]* \| ([^|]*) \| (.*) \|$", done.stdout, re.MULTILINE))
+    assert table["FusedSAM"] == "6 | 0.536 | 0.18"  # 12 streams of 4 bytes for 11.17 M parameters
+    # 15 streams: a norm (1), two copies (4), an addition (3), Adam (7); the norm's own launches are two more
+    assert table["foreach + fused base"].split(" | ")[1] in ("0.67", "0.715")
