@@ -26,27 +26,22 @@ def tools() -> str | None:
     return path if all(shutil.which(tool, path=path) for tool in ("cuobjdump", "nvdisasm", "c++filt")) else None
 
 
+def _run(path: str, *command: str, text: str | None = None) -> str:
+    environment = {**os.environ, "PATH": path}
+    return subprocess.run(command, env=environment, input=text, check=True, capture_output=True, text=True).stdout
+
+
 def archs(binary: Path, path: str) -> list[str]:
     """The architectures that the extension has machine code for."""
-    command = ["cuobjdump", "-lelf", str(binary)]
-    listed = subprocess.run(
-        command, env={**os.environ, "PATH": path}, check=True, capture_output=True, text=True
-    ).stdout
-    return sorted(set(re.findall(r"\.(sm_\d+\w?)\.cubin", listed)))
+    return sorted(set(re.findall(r"\.(sm_\d+\w?)\.cubin", _run(path, "cuobjdump", "-lelf", str(binary)))))
 
 
 def kernels(binary: Path, path: str, arch: str) -> dict[str, Kernel]:
     """The kernels of a built extension for ``arch``, by name, such as update_kernel<float, AdamBase<false>, 4096>."""
-
-    def run(*command: str, text: str | None = None) -> str:
-        return subprocess.run(
-            command, env={**os.environ, "PATH": path}, input=text, check=True, capture_output=True, text=True
-        ).stdout
-
-    usage = run("cuobjdump", "-res-usage", "-arch", arch, str(binary))
+    usage = _run(path, "cuobjdump", "-res-usage", "-arch", arch, str(binary))
     resources = re.findall(r"Function (\S+?):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    names = run("c++filt", text="\n".join(name for name, *_ in resources)).splitlines()
-    parts = re.split(r"\n\s*Function : (\S+)", run("cuobjdump", "-sass", "-arch", arch, str(binary)))
+    names = _run(path, "c++filt", text="\n".join(name for name, *_ in resources)).splitlines()
+    parts = re.split(r"\n\s*Function : (\S+)", _run(path, "cuobjdump", "-sass", "-arch", arch, str(binary)))
     code = dict(zip(parts[1::2], parts[2::2], strict=True))
     access = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?((?:LDG|STG|LDL|STL)[.\w]*)")
     out = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sam_fused.optimizer
 from sam_fused import FusedSAM
@@ -62,6 +63,42 @@ def test_measurements_stay_where_a_graph_writes_them():
     assert opt.mean_sharpness() > 0
     assert opt._total is total
     assert opt.mean_sharpness().isnan()
+
+
+class NothingWaits(TorchDispatchMode):
+    """Reading a tensor's value on the host is an error, as it would wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero"):
+            raise AssertionError(f"{func._schema.name} in a step")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_no_step_reads_a_value(base):
+    params = awkward(torch.float32)
+    scaler = torch.amp.GradScaler(DEVICE.type)
+    scaler.scale(torch.zeros(()))
+    opt = FusedSAM(params, base, scaler=scaler)
+    set_grads(params, 0)
+    with NothingWaits():
+        for _ in range(3):
+            opt.first_step()
+            scaler.step(opt)
+            scaler.update()
+            opt.measure_sharpness()
+            opt.mean_sharpness()
+            opt.step()
+
+
+def test_reading_a_value_is_noticed():
+    """A base that is called by its own step() must know whether to skip it."""
+    params = awkward(torch.float32)
+    set_grads(params, 0)
+    opt = FusedSAM(params, torch.optim.RMSprop)
+    opt.found_inf = torch.zeros(())
+    with NothingWaits(), pytest.raises(AssertionError, match="_local_scalar_dense in a step"):
+        opt.step()
 
 
 def test_betas_in_tensors_are_left_to_the_base():
