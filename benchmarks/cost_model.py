@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytorch_optimizer
 import torch
 from floor import streams
 from rivals import BASES, RIVALS, two_calls
@@ -137,7 +138,9 @@ def main() -> None:
     p.add_argument("--launch-us", type=float, default=3.0, help="of the host, a kernel launch")
     p.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     args = p.parse_args()
-    optimizer._get_fused_kernels_supported_devices = lambda: ["meta"]  # which stand for a GPU's tensors
+    # What a rival does with a GPU's tensors, it is to do with those that stand for them.
+    optimizer._get_fused_kernels_supported_devices = lambda: ["meta"]
+    pytorch_optimizer.SAM.can_use_foreach = staticmethod(lambda *args, **kwargs: True)
     cls, options = BASES[args.base]
     print("| network | optimizer | launches | GB moved | ms, computed |\n|---|---|---|---|---|")
     for network in args.networks:
