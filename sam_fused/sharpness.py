@@ -176,9 +176,10 @@ class _Landscape(contextlib.AbstractContextManager):
 
     def random_direction(self, generator: torch.Generator | None) -> list[Tensor]:
         """T u, u uniform on the unit sphere."""
-        drawn = [torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=generator) for t in self._scales()]
+        scales = self._scales()
+        drawn = [torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=generator) for t in scales]
         norm = _norm(drawn)
-        return [t * u / norm for t, u in zip(self._scales(), drawn, strict=True)]
+        return [t * u / norm for t, u in zip(scales, drawn, strict=True)]
 
 
 def _norm(tensors: list[Tensor]) -> float:

@@ -188,6 +188,13 @@ def test_batches_are_read_once_and_frozen_parameters_left_out():
     assert 0 < value < measure_sharpness(whole, loss, images(), RHO, kind="realised").value
 
 
+def test_a_parameter_that_the_loss_does_not_use():
+    model = Quadratic()
+    expected = measure(model, "realised").value
+    model.unused = nn.Parameter(torch.ones(3))
+    assert measure(model, "realised").value == expected
+
+
 def test_at_a_minimum_nothing_is_moved():
     model = Quadratic()
     flat = [(torch.zeros(1, 6, dtype=torch.float64), torch.zeros(1))]
