@@ -61,7 +61,7 @@ def find_cuda() -> tuple[Path, tuple[int, int]]:
         raise LookupError("this torch is built without CUDA")
     major = int(torch.version.cuda.split(".")[0])
     if major < 12:
-        raise LookupError(f"this torch is built with CUDA {torch.version.cuda}, and C++20 needs 12 or later")
+        raise LookupError(f"this torch is built with CUDA {torch.version.cuda}, and the kernels need 12.1 or later")
     seen = []
     for home in candidates():
         nvcc = home / "bin" / "nvcc"
@@ -69,8 +69,9 @@ def find_cuda() -> tuple[Path, tuple[int, int]]:
             continue
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
         release = re.search(r"release (\d+)\.(\d+)", said)
-        if release and int(release[1]) == major:
-            return home.resolve(), (int(release[1]), int(release[2]))
+        version = (int(release[1]), int(release[2])) if release else (0, 0)
+        if version[0] == major and version >= (12, 1):
+            return home.resolve(), version
         seen.append(f"{nvcc} is of CUDA {release[1]}.{release[2]}" if release else f"{nvcc} does not run")
     raise LookupError(f"no nvcc of CUDA {major} is found, torch's version" + "".join(f"; {s}" for s in seen))
 
