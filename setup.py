@@ -6,6 +6,7 @@ SAM_FUSED_CUDA=0 builds without. CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LI
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import shutil
@@ -97,6 +98,7 @@ def cuda_extension(home: Path, version: tuple[int, int]):
         if not runtime:
             raise LookupError(f"no libcudart.so.{version[0]} in {', '.join(map(str, folders))}")
         links = Path(tempfile.mkdtemp(prefix="sam_fused-"))
+        atexit.register(shutil.rmtree, links)
         (links / "libcudart.so").symlink_to(runtime[0])
         extension.library_dirs.append(str(links))
     return extension
