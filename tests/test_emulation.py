@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.emulation.build import SMALL, kernels
 
 pytestmark = on_the_cpu
 ROOT = Path(__file__).parents[1]
+TENSORS = [1, 62, 63, 64, 72, 73, 200, 499, 500, 1000, 2000]  # in a list, to count launches
 ORDERS = ("0", "1", "5")  # of threads and blocks: as numbered, from the end, random
 
 #: name: (sanitizers, changes to csrc/cuda.cu)
@@ -56,68 +58,76 @@ BUGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def workers():
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def programs(workers, tmp_path_factory) -> dict[str, Future[Path]]:
-    folder = tmp_path_factory.mktemp("kernels")
-    variants = {name: what[:2] for name, what in {**SOUND, **BUGS}.items()}
-    return {
-        name: workers.submit(kernels, folder / str(i), *variant) for i, (name, variant) in enumerate(variants.items())
-    }
-
-
-def run(program: Path, order: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(program: Future[Path], order: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     options = {"EMULATION_ORDER": order, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
-    return subprocess.run([program, *arguments], capture_output=True, text=True, env={**os.environ, **options})
+    command = [program.result(), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **options})
+
+
+def pytest_run(files: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not ReferenceSAM"]
+    environment = {**os.environ, "SAM_FUSED_TEST_DEVICE": "emulated", "OMP_NUM_THREADS": "1"}
+    paths = [str(ROOT / "tests" / file) for file in files]
+    return subprocess.run([*command, *paths], cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Iterator[dict[str, list[Future[subprocess.CompletedProcess[str]]]]]:
+    """What every test looks at, all begun at once: it takes as many processors as there are.
+
+    Programs are built before the first is run, so that no worker waits for one that none is building.
+    """
+    folder = tmp_path_factory.mktemp("kernels")
+    pool = ThreadPoolExecutor(os.cpu_count())
+    halves = DEVICE_TESTS[:1], DEVICE_TESTS[1:]  # about half the time each
+    started = {"Python": [pool.submit(pytest_run, half) for half in halves]}
+    variants = {name: what[:2] for name, what in {**SOUND, **BUGS}.items()}
+    programs = {
+        name: pool.submit(kernels, folder / str(i), *variant) for i, (name, variant) in enumerate(variants.items())
+    }
+    for name, (sanitizers, _) in variants.items():
+        quick = ["quick"] if sanitizers == "thread" else []
+        orders = ORDERS if name in SOUND else ORDERS[:1]
+        started[name] = [pool.submit(run, programs[name], order, *quick) for order in orders]
+    started["launches"] = [pool.submit(run, programs["plain"], "0", *map(str, TENSORS))]
+    yield started
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_kernels(name, programs, workers):
+def test_kernels(name, done):
     """Within one unit in the last place of the correctly rounded result, and clean, whatever the order of threads."""
-    program = programs[name].result()
-    quick = ["quick"] if name == "thread" else []
-    outcomes = []
-    for done in workers.map(lambda order: run(program, order, *quick), ORDERS):
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stderr == ""
-        outcomes.append(done.stdout)
-    assert outcomes[0].count("largest error") == (0 if quick else 4)
-    assert len(set(outcomes)) == 1
+    outputs = []
+    for process in (future.result() for future in done[name]):
+        assert process.returncode == 0, process.stdout + process.stderr
+        assert process.stderr == ""
+        outputs.append(process.stdout)
+    assert len(outputs) == len(ORDERS)
+    assert outputs[0].count("largest error") == (0 if name == "thread" else 4)
+    assert len(set(outputs)) == 1
 
 
-def test_launches(programs, monkeypatch):
+def test_launches(done, monkeypatch):
     """As many as the cost model says, for any number of tensors."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from cost_model import launches_of
 
-    tensors = [1, 62, 63, 64, 72, 73, 200, 499, 500, 1000, 2000]
-    counted = run(programs["plain"].result(), "0", *map(str, tensors)).stdout.split()
-    assert [int(n) for n in counted] == [launches_of("adam", n) for n in tensors]
-    assert int(counted[1]) == 6  # ResNet-18
+    [process] = (future.result() for future in done["launches"])
+    counted = dict(zip(TENSORS, map(int, process.stdout.split()), strict=True))
+    assert counted == {n: launches_of("adam", n) for n in TENSORS}
+    assert counted[62] == 6  # ResNet-18
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_planted_bugs_are_found(name, programs):
+def test_planted_bugs_are_found(name, done):
     *_, report = BUGS[name]
-    done = run(programs[name].result(), "0", *(["quick"] if "thread" in BUGS[name][0] else []))
-    assert done.returncode != 0
-    assert re.search(report, done.stdout + done.stderr)
+    [process] = (future.result() for future in done[name])
+    assert process.returncode != 0
+    assert re.search(report, process.stdout + process.stderr)
 
 
-def test_python_tests(workers):
+def test_python_tests(done):
     """The Python tests of the CPU backend hold for the emulated one."""
-
-    def pytest_run(files: list[str]) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not ReferenceSAM"]
-        environment = {**os.environ, "SAM_FUSED_TEST_DEVICE": "emulated", "OMP_NUM_THREADS": "1"}
-        paths = [str(ROOT / "tests" / file) for file in files]
-        return subprocess.run([*command, *paths], cwd=ROOT, capture_output=True, text=True, env=environment)
-
-    for done in workers.map(pytest_run, (DEVICE_TESTS[:1], DEVICE_TESTS[1:])):  # about half the time each
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert re.search(r"\d\d+ passed", done.stdout)
+    for process in (future.result() for future in done["Python"]):
+        assert process.returncode == 0, process.stdout + process.stderr
+        assert re.search(r"\d\d+ passed", process.stdout)
