@@ -581,20 +581,15 @@ def open_run(s: Settings, resume: bool) -> dict[str, Any] | None:
     out = Path(s.out)
     config, checkpoint = out / "config.json", out / "checkpoint.pt"
     settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in FREE_ON_RESUME}
-    if rank():
-        pass  # the first process has seen to the folder
-    elif not resume:
-        if config.exists() or checkpoint.exists():
+    if not rank():  # the first process sees to the folder
+        if not resume and (config.exists() or checkpoint.exists()):
             raise RunError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
+        if config.exists():
+            held = json.loads(config.read_text())["settings"]
+            for name, value in settings.items():
+                if held.get(name, value) != value:
+                    raise RunError(f"--resume: {out} was run with {name} = {held.get(name)!r}, not {value!r}")
         out.mkdir(parents=True, exist_ok=True)
-    elif config.exists():
-        held = json.loads(config.read_text())["settings"]
-        for name, value in settings.items():
-            if held.get(name, value) != value:
-                raise RunError(f"--resume: {out} was run with {name} = {held.get(name)!r}, not {value!r}")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-    if not rank():
         save(config, json.dumps({"settings": settings, "environment": environment(s.device)}, indent=2) + "\n")
     return torch.load(checkpoint, weights_only=True, map_location=s.device) if checkpoint.exists() else None
 

@@ -81,11 +81,11 @@ class _Lists:
 
     def lr(self) -> Tensor | None:
         """The learning rate of each run, float64 on the parameters' device, if that is where they are kept."""
-        device, lrs = self.params[0].device, [group["lr"] for group, _ in self.runs]
-        kept = [isinstance(lr, Tensor) and (lr.device == device or not lr.is_cpu) for lr in lrs]
+        lrs = [group["lr"] for group, _ in self.runs]
+        kept = [isinstance(lr, Tensor) and (lr.device == self.device or not lr.is_cpu) for lr in lrs]
         if not any(kept):
             return None
-        options = {"dtype": torch.float64, "device": device}
+        options = {"dtype": torch.float64, "device": self.device}
         return torch.stack(
             [
                 lr.to(**options).reshape(()) if k else torch.full((), float(lr), **options)

@@ -139,22 +139,13 @@ def graph(device: torch.device, quick: bool) -> str:
 
 def no_synchronisation(device: torch.device, quick: bool) -> str:
     need_gpu(device)
-    from sam_fused import FusedSAM
+    from tests.cases import steps_of_every_kind, with_scaler
 
     for base in (torch.optim.SGD, torch.optim.AdamW):
-        params = parameters(device, quick=quick)
-        scaler = torch.amp.GradScaler(device.type)
-        scaler.scale(torch.zeros((), device=device))
-        opt = FusedSAM(params, base, lr=1e-3, scaler=scaler)
+        opt, scaler = with_scaler(parameters(device, quick=quick), base)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for _ in range(3):
-                opt.first_step()
-                scaler.step(opt)
-                scaler.update()
-                opt.measure_sharpness()
-                opt.mean_sharpness()
-                opt.step()
+            steps_of_every_kind(opt, scaler)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return "steps with and without a GradScaler, the first ones too"

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sam_fused.optimizer
 from sam_fused import FusedSAM
 from sam_fused.bases import native_update
-from tests.cases import DEVICE, awkward, clones, set_grads
+from tests.cases import DEVICE, awkward, clones, set_grads, steps_of_every_kind, with_scaler
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -77,18 +77,10 @@ class NothingWaits(TorchDispatchMode):
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 def test_no_step_reads_a_value(base):
     params = awkward(torch.float32)
-    scaler = torch.amp.GradScaler(DEVICE.type)
-    scaler.scale(torch.zeros(()))
-    opt = FusedSAM(params, base, scaler=scaler)
     set_grads(params, 0)
+    opt, scaler = with_scaler(params, base)
     with NothingWaits():
-        for _ in range(3):
-            opt.first_step()
-            scaler.step(opt)
-            scaler.update()
-            opt.measure_sharpness()
-            opt.mean_sharpness()
-            opt.step()
+        steps_of_every_kind(opt, scaler)
 
 
 def test_reading_a_value_is_noticed():
