@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from table1_report import NETWORKS, OPTIMIZERS, STYLE, Result, band, log_scale, plt, read_results
+from table1_report import NETWORKS, OPTIMIZERS, STYLE, Result, band, legend_above, log_scale, plt, read_results
 
 import train
 from sam_fused import loss_slice, measure_sharpness
@@ -206,7 +206,7 @@ def draw_training(held: dict[str, Any], cells: dict[tuple[str, str], list[Result
         row[0].set(ylabel="sharpness")
     for axes in panels[-1]:
         axes.set(xlabel="epoch")
-    panels[0, 0].legend(fontsize=8)
+    legend_above(figure)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -223,7 +223,7 @@ def draw_rho(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], p
         log_scale(axes)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="realised / first-order sharpness, last epoch")
-    panels[0].legend(fontsize=8)
+    legend_above(figure)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -242,7 +242,7 @@ def draw_loss(cells: dict[tuple[str, str], list[Result]], rho: float, path: Path
         axes.invert_xaxis()
         axes.grid(alpha=0.3)
     panels[0].set(ylabel=f"recorded sharpness of a batch at rho = {rho:g}")
-    panels[0].legend(fontsize=8)
+    legend_above(figure)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -273,6 +273,15 @@ def log_scale(axes: plt.Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def legend_above(figure: plt.Figure) -> None:
+    """One for all panels, where it hides no curve."""
+    by_label = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if by_label:
+        figure.legend(by_label.values(), by_label.keys(), loc="outside upper center", ncols=len(by_label))
+
+
 def draw(results: list[Result], path: Path, key: str, ylabel: str, rho: float) -> None:
     figure, panels = plt.subplots(1, len(NETWORKS), figsize=(11, 4.2), layout="constrained")
     for axes, (arch, network) in zip(panels, NETWORKS.items(), strict=True):
@@ -300,8 +309,7 @@ def draw(results: list[Result], path: Path, key: str, ylabel: str, rho: float) -
         if key == "sharpness":
             log_scale(axes)
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+    legend_above(figure)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
