@@ -34,6 +34,7 @@ from sam_fused.sharpness import KINDS
 
 RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # ten times as much for ASAM
 AVERAGE_AT = 20  # times the recipe's rho
+PAIRS = (("sgd", "adam"), ("sgd", "sgd+sam"), ("adam", "adam+sam"))  # that are compared at equal training loss
 TOLERANCE = 0.2  # Proposition 1 holds while the realised rise is within this of the first-order one
 
 
@@ -133,6 +134,16 @@ def peak(r: Result) -> tuple[int, float]:
     return 1 + values.index(max(values)), max(values) / values[0]
 
 
+def at_equal_loss(one: Result, other: Result) -> tuple[float, float]:
+    """The lowest training loss that both runs reach, and the other's recorded sharpness over the one's there."""
+    reached = max(min(m["train_loss"] for m in r.metrics) for r in (one, other))
+    first, second = (
+        next(x for x, m in zip(r.sharpness("sharpness", 1.0), r.metrics, strict=True) if m["train_loss"] <= reached)
+        for r in (one, other)
+    )
+    return reached, second / first
+
+
 def markdown(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], rho: float, adaptive: bool) -> str:
     def mean(values: Any) -> float:
         return statistics.mean(values)
@@ -183,6 +194,22 @@ def markdown(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], r
             f"| {NETWORKS[arch]} | {OPTIMIZERS[optimizer]} | {', '.join(str(e) for e, _ in peaks)} | "
             f"{', '.join(f'{x:.2f}' for _, x in peaks)} | {', '.join(f'{x:.2f}' for x in ends)} |"
         )
+    lines += [
+        "",
+        "Recorded sharpness, the second's over the first's, when each came to the lowest training loss that both "
+        "reach, by seed:",
+        "",
+        "| | | training loss | ratio |",
+        "|---|---|---|---|",
+    ]
+    for arch, network in NETWORKS.items():
+        for one, other in PAIRS:
+            runs = [{r.settings["seed"]: r for r in cells.get((arch, o), [])} for o in (one, other)]
+            seeds = sorted(runs[0].keys() & runs[1].keys())
+            if seeds:
+                found = [at_equal_loss(runs[0][seed], runs[1][seed]) for seed in seeds]
+                losses, values = (", ".join(f"{x[k]:.2f}" for x in found) for k in range(2))
+                lines.append(f"| {network} | {OPTIMIZERS[one]}, {OPTIMIZERS[other]} | {losses} | {values} |")
     return "\n".join(lines) + "\n"
 
 

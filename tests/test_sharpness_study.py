@@ -60,6 +60,18 @@ def test_the_highest_epoch(study):
     assert study.peak(result) == (2, pytest.approx(2.5))
 
 
+def test_at_equal_loss(study):
+    """The faster run is looked at where it came to the slower one's lowest loss."""
+
+    def result(*losses_and_values):
+        metrics = [{"train_loss": loss, "sharpness": value} for loss, value in losses_and_values]
+        return study.Result("run", {"measure_rho": 0.05, "epochs": len(metrics)}, {}, metrics)
+
+    fast, slow = result((2.0, 9.0), (1.2, 8.0), (0.3, 7.0)), result((2.0, 6.0), (1.25, 4.0), (1.5, 5.0))
+    assert study.at_equal_loss(fast, slow) == (1.25, 0.5)
+    assert study.at_equal_loss(slow, fast) == (1.25, 2.0)
+
+
 def test_the_batches_are_the_runs_own_images(study, tmp_path):
     """Normalised, so compared by their number and labels; full batches only."""
     import argparse
