@@ -266,9 +266,9 @@ def band(
 
 
 def log_scale(axes: plt.Axes) -> None:
-    """Of the values axis, with plain numbers: 0.1, 0.2, 0.5, 1."""
+    """Of the values axis, with plain numbers: 0.1, 0.2, 0.3, 0.5, 1."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
