@@ -1,0 +1,30 @@
+"""results/cpu-*: complete, and its tables are what its metrics say."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("recipe", ["paper-text", "paper-code", "fair"])
+def test_tables_are_rebuilt(recipe, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sharpness_study
+    import table1
+
+    committed, rebuilt = ROOT / "results" / f"cpu-{recipe}", tmp_path / "rebuilt"
+    made = ["table1.md", "table1.csv", "sharpness.md", "figure?.png", "sharpness_*.png"]
+    shutil.copytree(committed, rebuilt, ignore=shutil.ignore_patterns(*made))
+    assert table1.main(["--report-only", "--out", str(rebuilt)]) == 0
+    assert sharpness_study.main(["--report-only", "--runs", str(rebuilt)]) == 0
+    for name in ("table1.md", "table1.csv", "sharpness.md"):
+        assert (rebuilt / name).read_text() == (committed / name).read_text()
+    assert {p.name for p in rebuilt.glob("*.png")} == {p.name for p in committed.glob("*.png")}
+    with (committed / "table1.csv").open() as file:
+        cells = list(csv.DictReader(file))
+    assert [cell["n"] for cell in cells] == ["3"] * 8
