@@ -1,4 +1,7 @@
-"""Parameter lists, bases and comparisons that the tests share."""
+"""Parameter lists, bases and comparisons that the tests share.
+
+Does not import sam_fused: conftest.py, which imports this, chooses its backend.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ import os
 import pytest
 import torch
 from torch import Tensor, nn
-
-from sam_fused import FusedSAM
 
 PLACE = os.environ.get("SAM_FUSED_TEST_DEVICE", "cpu")  # see conftest.py
 DEVICE = torch.device("cuda:0" if PLACE == "cuda" else "cpu")
@@ -100,24 +101,6 @@ def set_grads(params: list[nn.Parameter], seed: int, skip: frozenset[int] = froz
         # autograd's own contiguous layout on even seeds, the parameter's on odd ones
         laid_out = value if seed % 2 == 0 else torch.empty_like(p, requires_grad=False).copy_(value)
         p.grad = None if i in skip else laid_out
-
-
-def with_scaler(params: list[nn.Parameter], base: type[torch.optim.Optimizer]) -> tuple[FusedSAM, torch.amp.GradScaler]:
-    """FusedSAM and its GradScaler, whose scale is on the device already."""
-    scaler = torch.amp.GradScaler(params[0].device.type)
-    scaler.scale(torch.zeros((), device=params[0].device))
-    return FusedSAM(params, base, lr=1e-3, scaler=scaler), scaler
-
-
-def steps_of_every_kind(opt: FusedSAM, scaler: torch.amp.GradScaler) -> None:
-    """With SAM and without, through the GradScaler and without; the first ones too, which make the state."""
-    for _ in range(3):
-        opt.first_step()
-        scaler.step(opt)
-        scaler.update()
-        opt.measure_sharpness()
-        opt.mean_sharpness()
-        opt.step()
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

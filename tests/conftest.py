@@ -21,6 +21,7 @@ if PLACE != "cpu":
 if PLACE == "emulated":
     from tests.emulation.build import extension
 
+    assert "sam_fused" not in sys.modules, "the emulated backend must be there before sam_fused is imported"
     sys.modules["sam_fused._C"] = extension()
 elif PLACE == "cuda":
     if not torch.cuda.is_available():

@@ -139,7 +139,7 @@ def graph(device: torch.device, quick: bool) -> str:
 
 def no_synchronisation(device: torch.device, quick: bool) -> str:
     need_gpu(device)
-    from tests.cases import steps_of_every_kind, with_scaler
+    from tests.steps import steps_of_every_kind, with_scaler
 
     for base in (torch.optim.SGD, torch.optim.AdamW):
         opt, scaler = with_scaler(parameters(device, quick=quick), base)

@@ -1,0 +1,26 @@
+"""Steps under a GradScaler that the tests and gpu_check.py share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sam_fused import FusedSAM
+
+
+def with_scaler(params: list[nn.Parameter], base: type[torch.optim.Optimizer]) -> tuple[FusedSAM, torch.amp.GradScaler]:
+    """FusedSAM and its GradScaler, whose scale is on the device already."""
+    scaler = torch.amp.GradScaler(params[0].device.type)
+    scaler.scale(torch.zeros((), device=params[0].device))
+    return FusedSAM(params, base, lr=1e-3, scaler=scaler), scaler
+
+
+def steps_of_every_kind(opt: FusedSAM, scaler: torch.amp.GradScaler) -> None:
+    """With SAM and without, through the GradScaler and without; the first ones too, which make the state."""
+    for _ in range(3):
+        opt.first_step()
+        scaler.step(opt)
+        scaler.update()
+        opt.measure_sharpness()
+        opt.mean_sharpness()
+        opt.step()
