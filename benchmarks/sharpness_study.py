@@ -144,6 +144,20 @@ def at_equal_loss(one: Result, other: Result) -> tuple[float, float]:
     return reached, second / first
 
 
+def equal_loss_lines(cells: dict[tuple[str, str], list[Result]]) -> list[str]:
+    """A line for each network and pair, over the seeds that both have."""
+    lines = []
+    for arch, network in NETWORKS.items():
+        for one, other in PAIRS:
+            runs = [{r.settings["seed"]: r for r in cells.get((arch, o), [])} for o in (one, other)]
+            seeds = sorted(runs[0].keys() & runs[1].keys())
+            if seeds:
+                found = [at_equal_loss(runs[0][seed], runs[1][seed]) for seed in seeds]
+                losses, values = (", ".join(f"{x[k]:.2f}" for x in found) for k in range(2))
+                lines.append(f"| {network} | {OPTIMIZERS[one]}, {OPTIMIZERS[other]} | {losses} | {values} |")
+    return lines
+
+
 def markdown(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], rho: float, adaptive: bool) -> str:
     def mean(values: Any) -> float:
         return statistics.mean(values)
@@ -202,14 +216,7 @@ def markdown(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], r
         "| | | training loss | ratio |",
         "|---|---|---|---|",
     ]
-    for arch, network in NETWORKS.items():
-        for one, other in PAIRS:
-            runs = [{r.settings["seed"]: r for r in cells.get((arch, o), [])} for o in (one, other)]
-            seeds = sorted(runs[0].keys() & runs[1].keys())
-            if seeds:
-                found = [at_equal_loss(runs[0][seed], runs[1][seed]) for seed in seeds]
-                losses, values = (", ".join(f"{x[k]:.2f}" for x in found) for k in range(2))
-                lines.append(f"| {network} | {OPTIMIZERS[one]}, {OPTIMIZERS[other]} | {losses} | {values} |")
+    lines += equal_loss_lines(cells)
     return "\n".join(lines) + "\n"
 
 
