@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import sam_fused.optimizer
+import sam_fused.fused
 import train
 from sam_fused import FusedSAM
 
@@ -115,7 +115,7 @@ class Count(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
     def __enter__(self):
-        count, extension = self, sam_fused.optimizer._C
+        count, extension = self, sam_fused.fused._C
 
         class Counted:
             def __getattr__(self, name: str) -> Any:
@@ -123,11 +123,11 @@ class Count(TorchDispatchMode):
                 return getattr(extension, name)
 
         self.extension = extension
-        sam_fused.optimizer._C = Counted()
+        sam_fused.fused._C = Counted()
         return super().__enter__()
 
     def __exit__(self, *error):
-        sam_fused.optimizer._C = self.extension
+        sam_fused.fused._C = self.extension
         return super().__exit__(*error)
 
 

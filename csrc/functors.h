@@ -9,7 +9,8 @@
 
 namespace sam {
 
-// One row of `ascent`: how the parameters of a group are perturbed.
+// One row of `ascent`: how the parameters of a group are perturbed. rho is negative for a group that maximises its
+// objective, whose loss is the negative: the ascent of that goes against the gradient.
 struct Ascent {
   double rho, eta, adaptive;
 };
@@ -26,7 +27,7 @@ struct Ascend {
   SAM_FN A scaled(A w, A g) const { return kAdaptive ? (std::abs(w) + eta) * g : g; }
   SAM_FN A perturbed(A w, A g) const {
     const A t = kAdaptive ? std::abs(w) + eta : A(1);
-    return w + scale * (kAdaptive ? t * t * g : g);
+    return w + scale * (kAdaptive ? t * (t * g) : g);  // t * t alone may overflow
   }
   // Perturbs element i of its tensor. Of most 16-bit weights, eps is less than half a unit in the last place, and
   // rounding to nearest would lose it. So these are rounded by chance, which keeps it on average. The chance is a hash
@@ -42,12 +43,12 @@ struct Ascend {
 };
 
 // Sums over the groups of ||T g||^2 to grad_norm = ||T g|| and the first-order sharpness
-// sum rho ||T g||^2 / grad_norm (Proposition 1 of the paper when every group has the same rho).
+// sum |rho| ||T g||^2 / grad_norm (Proposition 1 of the paper when every group has the same rho).
 struct Sharpness {
   double sq = 0, weighted = 0;
   SAM_FN void add(double sq_norm, double rho) {
     sq += sq_norm;
-    weighted += rho * sq_norm;
+    weighted += std::abs(rho) * sq_norm;
   }
   // out = {grad_norm, sharpness, norm of the gradients as they are}, the first two divided by *grad_scale unless that
   // is null; a finite sharpness is added to total = {sum, count}.

@@ -1,6 +1,7 @@
 // The operators: every check of their arguments, the tables that the kernels run over, and the schemas.
 #include "ops.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
@@ -92,10 +93,16 @@ void check_length(const Refs& list, const Refs& params, const char* name) {
               " tensors, one for each of params, got ", list.size());
 }
 
+// The memory of a tensor with the negative bit (the imaginary part of a conjugate) is not what it says.
+void check_not_negated(const Tensor& t, const char* name) {
+  TORCH_CHECK(!t.is_neg(), name, ": expected a tensor without the negative bit; call resolve_neg() on it");
+}
+
 // A float64 matrix on the CPU with one row a group.
 const double* check_rows(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
   TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kDouble && t.is_contiguous(), name,
               ": expected a contiguous float64 tensor on the CPU, got ", t.scalar_type(), " on ", t.device());
+  check_not_negated(t, name);
   TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, ": expected shape [", rows, ", ",
               columns, "], got ", t.sizes());
   return t.const_data_ptr<double>();
@@ -109,6 +116,7 @@ double* check_doubles(const Tensor& t, const char* name, int64_t numel, const at
   TORCH_CHECK(t.scalar_type() == at::kDouble && t.is_contiguous() && t.numel() == numel && t.device() == device, name,
               ": expected ", numel, " contiguous float64 elements on ", device, ", got ", t.scalar_type(), " of shape ",
               t.sizes(), " on ", t.device());
+  check_not_negated(t, name);
   return t.data_ptr<double>();
 }
 
@@ -118,14 +126,21 @@ const float* check_scalar(const Scalar& t, const char* name, const at::Device& d
   TORCH_CHECK(t->scalar_type() == at::kFloat && t->numel() == 1 && t->device() == device, name,
               ": expected one float32 element on ", device, ", got ", t->scalar_type(), " of shape ", t->sizes(),
               " on ", t->device());
+  check_not_negated(*t, name);
   return static_cast<const float*>(t->const_data_ptr());
 }
 
 // ---- tables ----
 
+// In-place operators on lists must do this themselves, or autograd uses mutated tensors without a word.
+void bump_versions(const Refs& tensors) {
+  for (const Tensor* t : tensors)
+    if (t && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
+}
+
 // Builds the rows of a table. Kernels see one dense layout a row: the parameter's own, or for a parameter that has
-// gaps the one that empty_like gives it. What is only read and laid out otherwise is copied into it; a parameter with
-// gaps is copied in, and back by finish().
+// gaps or the negative bit, that of empty_like. What is only read and laid out otherwise is copied into it; such a
+// parameter is copied in, and back by write().
 class Rows {
  public:
   Rows(const Refs& params, Sizes group_sizes) : params_(params) {
@@ -144,9 +159,11 @@ class Rows {
         check_memory(p, "params", i);
         TORCH_CHECK(p.device() == device, "params[", i, "]: expected device ", device, ", as params[0] has, got ",
                     p.device());
-        const bool has_gaps = !p.is_non_overlapping_and_dense();
-        if (has_gaps) copies_.push_back(at::empty_like(p).copy_(p.detach()));
-        dense_.push_back(has_gaps ? &copies_.back() : &p);
+        TORCH_CHECK(at::has_internal_overlap(p) != at::MemOverlap::Yes, "params[", i,
+                    "]: expected a tensor whose elements do not share memory, got an expanded one");
+        const bool in_place = p.is_non_overlapping_and_dense() && !p.is_neg();
+        if (!in_place) copies_.push_back(at::empty_like(p).copy_(p.detach()));
+        dense_.push_back(in_place ? &p : &copies_.back());
         Row& row = table_.emplace_back();
         row.dtype = dtype_of(p, "params", i);
         row.group = static_cast<int32_t>(g);
@@ -195,22 +212,31 @@ class Rows {
       TORCH_CHECK(step.scalar_type() == at::kFloat && step.numel() == 1 && step.device() == params_[i]->device(),
                   "steps[", i, "]: expected one float32 element on ", params_[i]->device(), ", got ",
                   step.scalar_type(), " of shape ", step.sizes(), " on ", step.device());
+      check_not_negated(step, "steps");
       table_[i].step = static_cast<float*>(step.data_ptr());
     }
   }
 
-  const Table& table() const { return table_; }
+  // f(table), which only reads the parameters.
+  template <class F>
+  void read(const F& f) const {
+    f(table_);
+  }
 
-  void finish() {
+  // f(table), which writes the parameters.
+  template <class F>
+  void write(const F& f) const {
+    f(table_);
     for (size_t i = 0; i < params_.size(); ++i)
       if (dense_[i] != params_[i]) params_[i]->detach().copy_(*dense_[i]);
+    bump_versions(params_);
   }
 
  private:
   // The data of `t` in the type, device and dense layout of parameter i: its own, or a copy's.
   const void* laid_out(const Tensor& t, size_t i) {
     const Tensor& like = *dense_[i];
-    if (t.scalar_type() == like.scalar_type() && t.device() == like.device() && same_strides(t, like))
+    if (t.scalar_type() == like.scalar_type() && t.device() == like.device() && same_strides(t, like) && !t.is_neg())
       return t.const_data_ptr();
     copies_.push_back(at::empty_like(like).copy_(t));
     return copies_.back().const_data_ptr();
@@ -220,6 +246,7 @@ class Rows {
     check_like(t, *params_[i], list, i);
     TORCH_CHECK(same_strides(t, *dense_[i]), list, "[", i, "]: expected strides ", dense_[i]->strides(),
                 ", the parameter's dense layout, got ", t.strides());
+    check_not_negated(t, list);
     return t.data_ptr();
   }
 
@@ -228,12 +255,6 @@ class Rows {
   Refs dense_;
   std::deque<Tensor> copies_;
 };
-
-// In-place operators on lists must do this themselves, or autograd uses mutated tensors without a word.
-void bump_versions(const Refs& tensors) {
-  for (const Tensor* t : tensors)
-    if (t && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
-}
 
 int find_base(std::string_view name) {
   int found = -1;
@@ -256,7 +277,7 @@ Tensor grad_sq_norm(const Refs& params, const Refs& grads, const Tensor& ascent,
   const Ascent* groups = check_ascent(ascent, n);
   Tensor out = at::empty({n}, params[0]->options().dtype(at::kDouble).requires_grad(false));
   const Target on(*params[0]);
-  on.backend.grad_sq_norm(on.queue, rows.table(), groups, n, out.data_ptr<double>());
+  rows.read([&](const Table& t) { on.backend.grad_sq_norm(on.queue, t, groups, n, out.data_ptr<double>()); });
   return out;
 }
 
@@ -274,16 +295,15 @@ Tensor sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Tensor& to
 }
 
 void perturb_(const Refs& params, const Refs& grads, const Refs& backups, const Tensor& grad_norm, const Tensor& ascent,
-              Sizes group_sizes) {
+              Sizes group_sizes, const std::function<void()>& begin) {
   Rows rows(params, group_sizes);
   rows.grads(grads);
   rows.backups(backups);
   const Ascent* groups = check_ascent(ascent, static_cast<int64_t>(group_sizes.size()));
   const double* norm = check_doubles(grad_norm, "grad_norm", 1, params[0]->device());
   const Target on(*params[0]);
-  on.backend.perturb(on.queue, rows.table(), groups, norm);
-  rows.finish();
-  bump_versions(params);
+  if (begin) begin();
+  rows.write([&](const Table& t) { on.backend.perturb(on.queue, t, groups, norm); });
   bump_versions(backups);
 }
 
@@ -291,9 +311,7 @@ void restore_(const Refs& params, const Refs& backups) {
   Rows rows(params, {static_cast<int64_t>(params.size())});
   rows.saved(backups);
   const Target on(*params[0]);
-  on.backend.restore(on.queue, rows.table());
-  rows.finish();
-  bump_versions(params);
+  rows.write([&](const Table& t) { on.backend.restore(on.queue, t); });
 }
 
 void restore_step_(std::string_view base, const Refs& params, const Refs& grads, const Refs& backups, const Refs& state,
@@ -314,9 +332,7 @@ void restore_step_(std::string_view base, const Refs& params, const Refs& grads,
   const float* scale = check_scalar(grad_scale, "grad_scale", device);
   const float* skip = check_scalar(found_inf, "found_inf", device);
   const Target on(*params[0]);
-  on.backend.restore_step(on.queue, rows.table(), index, values, rates, scale, skip);
-  rows.finish();
-  bump_versions(params);
+  rows.write([&](const Table& t) { on.backend.restore_step(on.queue, t, index, values, rates, scale, skip); });
   bump_versions(state);
   bump_versions(steps);
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -23,9 +24,10 @@ at::Tensor grad_sq_norm(const Refs& params, const Refs& grads, const at::Tensor&
 at::Tensor sharpness_(const at::Tensor& sq_norms, const at::Tensor& ascent, const at::Tensor& total,
                       const Scalar& grad_scale);
 
-// Saves params to backups and adds rho T^2 g / grad_norm; only saves them where grad_norm is not finite.
+// Saves params to backups and adds rho T^2 g / grad_norm; only saves them where grad_norm is not finite. Calls `begin`,
+// unless it is empty, after the last check and before anything moves.
 void perturb_(const Refs& params, const Refs& grads, const Refs& backups, const at::Tensor& grad_norm,
-              const at::Tensor& ascent, Sizes group_sizes);
+              const at::Tensor& ascent, Sizes group_sizes, const std::function<void()>& begin = {});
 
 // Copies backups to params.
 void restore_(const Refs& params, const Refs& backups);

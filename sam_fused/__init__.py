@@ -1,7 +1,6 @@
 """Sharpness-Aware Minimization for PyTorch, fused in C++ over all parameter tensors."""
 
-from .optimizer import FusedSAM
-from .reference import ReferenceSAM
+from .sam import FusedSAM, ReferenceSAM
 from .sharpness import Sharpness, loss_slice, measure_sharpness
 
 __all__ = ["FusedSAM", "ReferenceSAM", "Sharpness", "loss_slice", "measure_sharpness"]

@@ -25,14 +25,13 @@ class Update:
     Attributes:
         name: the functor's name.
         state: ``torch.optim``'s keys of the state tensors, in the functor's order.
-        hyper: a group's hyper-parameters as floats, in the functor's order, the learning rate first. Its second
-            argument says whether the state was made in this very step.
+        hyper: a group's hyper-parameters as floats, in the functor's order, the learning rate first.
         counts_steps: whether the state has a ``step``.
     """
 
     name: str
     state: tuple[str, ...]
-    hyper: Callable[[Group, bool], tuple[float, ...]]
+    hyper: Callable[[Group], tuple[float, ...]]
     counts_steps: bool = False
 
 
@@ -42,15 +41,13 @@ def _lr(group: Group) -> float:
     return math.nan if isinstance(lr, Tensor) and not lr.is_cpu else float(lr)
 
 
-def _sgd_hyper(group: Group, fresh: bool) -> tuple[float, ...]:
-    # torch.optim.SGD starts the momentum buffer from the whole gradient, not from the dampened one.
-    dampening = 0.0 if fresh else group["dampening"]
+def _sgd_hyper(group: Group) -> tuple[float, ...]:
     keys = ("weight_decay", "maximize", "momentum")
-    return (_lr(group), *(float(group[key]) for key in keys), float(dampening), float(group["nesterov"]))
+    return (_lr(group), *(float(group[key]) for key in keys), 0.0, float(group["nesterov"]))
 
 
-def _adam_hyper(decoupled: bool) -> Callable[[Group, bool], tuple[float, ...]]:
-    def hyper(group: Group, fresh: bool) -> tuple[float, ...]:
+def _adam_hyper(decoupled: bool) -> Callable[[Group], tuple[float, ...]]:
+    def hyper(group: Group) -> tuple[float, ...]:
         decay = group.get("decoupled_weight_decay", decoupled)
         values = (group["weight_decay"], group["maximize"], *group["betas"], group["eps"], decay)
         return (_lr(group), *map(float, values))
@@ -85,9 +82,15 @@ def native_update(base: Optimizer, group: Group) -> Update | None:
     """The native update of ``group``, or None where ``base`` has none and its own ``step`` must be called.
 
     Only the classes of :data:`NATIVE` themselves count: a subclass may compute something else. ``foreach`` and
-    ``fused`` choose among equal implementations and are not looked at. Betas that are tensors are left to the base.
+    ``fused`` choose among equal implementations and are not looked at. Left to the base are betas that are tensors, and
+    SGD's dampening, which its first step leaves out.
     """
     choose = NATIVE.get(type(base))
-    if choose is None or group.get("differentiable") or any(isinstance(b, Tensor) for b in group.get("betas", ())):
+    if (
+        choose is None
+        or group.get("differentiable")
+        or (group.get("momentum") and group.get("dampening"))
+        or any(isinstance(b, Tensor) for b in group.get("betas", ()))
+    ):
         return None
     return choose(group)

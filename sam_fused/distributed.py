@@ -19,9 +19,20 @@ def _replicas(model: nn.Module | None) -> DistributedDataParallel | None:
 
 
 def unsynchronized(model: nn.Module | None) -> AbstractContextManager[None]:
-    """Where each process keeps its own gradient, if ``model`` is a DistributedDataParallel."""
+    """Where each process keeps its own gradient, if ``model`` is a DistributedDataParallel.
+
+    Raises:
+        RuntimeError: if that has a static graph, which a pass without communication is not part of.
+    """
     replicas = _replicas(model)
-    return nullcontext() if replicas is None else replicas.no_sync()
+    if replicas is None:
+        return nullcontext()
+    if replicas.static_graph:
+        raise RuntimeError(
+            "model: DistributedDataParallel with static_graph=True has no first pass without communication; "
+            "construct the optimizer with sync_perturbation=True, or the model without static_graph"
+        )
+    return replicas.no_sync()
 
 
 def any_replica(flag: Tensor, model: nn.Module | None) -> Tensor:
@@ -66,9 +77,15 @@ def placed_like(t: Tensor, p: Tensor) -> Tensor:
     return DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
-def check_placement(p: Tensor, what: str) -> None:
+def check_distributed(p: Tensor, what: str) -> None:
+    """Raise ValueError for a parameter of which this process holds what SAM cannot work on."""
     if is_dtensor(p) and any(part.is_partial() for part in p.placements):
         raise ValueError(f"{what}: expected a DTensor that is sharded or replicated, got placements {p.placements}")
+    if getattr(p, "_fsdp_flattened", False):  # nothing says over which processes to sum its norm
+        raise ValueError(
+            f"{what}: parameters of FullyShardedDataParallel are not supported, as each process would perturb by the "
+            "norm of its own shard; use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
 
 
 def sum_over_shards(squares: Tensor, place: Hashable) -> Tensor:

@@ -6,14 +6,18 @@ rounded once to the parameter's dtype, to nearest; the perturbed weights of 16 b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from .arithmetic import NORM, Arithmetic, Group, radii, signed_radius
+from .bases import native_update
 from .distributed import is_dtensor
-from .sam import SAM
+from .parameters import check_memory, name_of
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -39,8 +43,8 @@ def _round_randomly(x: Tensor, like: Tensor, norm: float) -> Tensor:
     The chance comes from the norm and each element's place in memory, as in csrc/functors.h.
     """
     places = torch.empty_like(like, dtype=torch.int64)
-    places.as_strided((places.numel(),), (1,)).copy_(torch.arange(places.numel()))
-    seed = _hashed(torch.tensor(norm, dtype=torch.float32).view(torch.int32).long() & 0xFFFFFFFF)
+    places.as_strided((places.numel(),), (1,)).copy_(torch.arange(places.numel(), device=like.device))
+    seed = _hashed(torch.tensor(norm, dtype=torch.float32, device=like.device).view(torch.int32).long() & 0xFFFFFFFF)
     chance = (_hashed((seed + places) & 0xFFFFFFFF) >> 16).double() / 2**16
     nearest = x.to(like.dtype)
     low = torch.where(nearest.float().abs() > x.abs(), (nearest.view(torch.int16) - 1).view(like.dtype), nearest)
@@ -56,7 +60,7 @@ def sgd(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> T
     g = g + group["weight_decay"] * w
     if group["momentum"]:
         fresh = state.get("momentum_buffer") is None
-        buffer = g if fresh else group["momentum"] * _wide(state["momentum_buffer"]) + (1 - group["dampening"]) * g
+        buffer = g if fresh else group["momentum"] * _wide(state["momentum_buffer"]) + g
         if fresh:
             state["momentum_buffer"] = torch.empty_like(w, dtype=group["dtype"])
         state["momentum_buffer"].copy_(buffer)
@@ -69,8 +73,8 @@ def adam(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> 
     beta1, beta2 = group["betas"]
     keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
     if not state:
-        state["step"] = torch.tensor(0.0)
-        state.update({key: torch.zeros_like(w, dtype=group["dtype"]) for key in keys})
+        step = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+        state.update(step=step, **{key: torch.zeros_like(w, dtype=group["dtype"]) for key in keys})
     state["step"] += 1
     t = state["step"].item()
     if group["maximize"]:
@@ -95,61 +99,75 @@ def adam(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> 
 UPDATES = {torch.optim.SGD: sgd, torch.optim.Adam: adam, torch.optim.AdamW: adam}
 
 
-class ReferenceSAM(SAM):
-    """What :class:`FusedSAM` computes, with the same arguments, in plain PyTorch: slow, and meant to be read."""
+class Reference(Arithmetic):
+    """SAM's arithmetic in loops over the tensors: slow, and meant to be read."""
 
-    def _with_grad(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        for group in self.param_groups:
-            for p in group["params"]:
+    def __init__(self, base: Optimizer) -> None:
+        super().__init__(base)
+        self._addresses: list[int] = []  # of the parameters, as last checked
+
+    def _with_grad(self) -> Iterator[tuple[Group, Tensor]]:
+        groups = self.base.param_groups
+        addresses = [p.data_ptr() for group in groups for p in group["params"] if not is_dtensor(p) and not p.is_meta]
+        if addresses != self._addresses:
+            check_memory(groups)
+            self._addresses = addresses
+        for g, group in enumerate(groups):
+            for i, p in enumerate(group["params"]):
                 if p.grad is not None:
                     if is_dtensor(p):
-                        raise TypeError("ReferenceSAM does not take DTensors; FusedSAM does")
+                        raise TypeError(f"{name_of(groups, g, i)}: ReferenceSAM does not take DTensors; FusedSAM does")
                     if p.grad.is_sparse:
-                        raise RuntimeError("sparse gradients are not supported")
+                        raise RuntimeError(f"{name_of(groups, g, i)}.grad: sparse gradients are not supported")
                     yield group, p
 
-    def _ascend(self, perturb: bool) -> None:
+    def measure(self, total: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, Any]:
+        radii(self.base.param_groups)
         ascent = [(group, p) for group, p in self._with_grad() if group["rho"] > 0]
         squares = [
-            (_ascent_scale(_wide(p), group) * _wide(p.grad)).double().square().sum().to(self._total.device)
+            (_ascent_scale(_wide(p), group) * _wide(p.grad.to(p.dtype))).double().square().sum().to(total.device)
             for group, p in ascent
         ]
-        zero = torch.zeros((), dtype=torch.float64, device=self._total.device)
+        zero = torch.zeros((), dtype=torch.float64, device=total.device)
         norm = torch.stack([zero, *squares]).sum().sqrt()
         sharpness = sum((group["rho"] * sq / norm for (group, _), sq in zip(ascent, squares, strict=True)), zero)
         sharpness = torch.where(norm == 0, zero, sharpness)
-        raw, scale = norm, self._ascent_grad_scale()
-        if scale is not None:
-            norm, sharpness = norm / scale, sharpness / scale
-        self._measured = torch.stack([norm, sharpness, raw])
+        values = torch.stack([norm, sharpness, norm])
+        if grad_scale is not None:
+            values[:NORM] /= grad_scale
         if sharpness.isfinite():
-            self._total += torch.stack([sharpness, torch.ones_like(sharpness)])
-        if not perturb:
-            return
-        self._backup = [(p, p.clone()) for _, p in ascent]
-        if not raw.isfinite():
+            total += torch.stack([values[1], torch.ones_like(sharpness)])
+        return values, ascent
+
+    def perturb(self, measured: tuple[Tensor, Any]) -> None:
+        values, ascent = measured
+        norm = values[NORM].item()
+        self.record = [(p, p.clone()) for _, p in ascent]
+        if not math.isfinite(norm):
             return
         for group, p in ascent:
-            w, g = _wide(p), _wide(p.grad)
+            w, g = _wide(p), _wide(p.grad.to(p.dtype))
             t = _ascent_scale(w, group)
-            perturbed = w + group["rho"] / (raw.item() + 1e-12) * t * t * g
-            p.copy_(_round_randomly(perturbed, p, raw.item()) if p.element_size() == 2 else perturbed)
+            perturbed = w + signed_radius(group) / (norm + 1e-12) * t * (t * g)
+            p.copy_(_round_randomly(perturbed, p, norm) if p.element_size() == 2 else perturbed)
 
-    def _restore(self) -> None:
-        for p, backup in self._backup:
+    def restore(self) -> None:
+        for p, backup in self.record or []:
             p.copy_(backup)
+        self.record = None
 
-    def _descend(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        if self.perturbed:
-            self._restore()
-        update = UPDATES.get(type(self.base_optimizer))
-        if update is None:
-            self._base_step(grad_scale, found_inf)
+    def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        updates = [(group, p, native_update(self.base, group)) for group, p in self._with_grad()]
+        if any(update is None or p.grad.dtype != p.dtype for _, p, update in updates):
+            self.update_composed(grad_scale, found_inf)
             return
-        if found_inf is not None and found_inf.item():
-            return
-        scale = 1.0 if grad_scale is None else grad_scale.item()
-        decoupled = isinstance(self.base_optimizer, torch.optim.AdamW)
-        for group, p in self._with_grad():
-            options = {"decoupled_weight_decay": decoupled, **group, "dtype": p.dtype}
-            p.copy_(update(_wide(p), _wide(p.grad) / scale, self.state[p], options))
+        for p, backup in self.record or []:
+            p.copy_(backup)
+        if found_inf is None or not found_inf.item():
+            scale = 1.0 if grad_scale is None else grad_scale.item()
+            decoupled = isinstance(self.base, torch.optim.AdamW)
+            for group, p, _ in updates:
+                options = {"decoupled_weight_decay": decoupled, **group, "dtype": p.dtype}
+                step = UPDATES[type(self.base)]
+                p.copy_(step(_wide(p), _wide(p.grad) / scale, self.base.state[p], options))
+        self.record = None

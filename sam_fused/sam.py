@@ -1,4 +1,4 @@
-"""SAM around a base optimizer: everything but the arithmetic, which a subclass brings."""
+"""SAM's two passes around a base optimizer: the protocol, which holds an arithmetic."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .batchnorm import freeze_statistics, thaw_statistics
-from .distributed import any_replica, check_placement, local, unsynchronized
+from . import amp
+from .arithmetic import GRAD_NORM, NORM, SHARPNESS, Arithmetic
+from .batchnorm import FrozenStatistics
+from .distributed import any_replica, unsynchronized
+from .fused import Fused
+from .parameters import check_group, check_memory
+from .reference import Reference
 
 _OPTIONS = ("rho", "adaptive", "eta")
 
 
 class SAM(Optimizer):
-    """Common part of :class:`FusedSAM` and :class:`ReferenceSAM`; see :class:`FusedSAM` for the arguments.
+    """What :class:`FusedSAM` and :class:`ReferenceSAM` share; see :class:`FusedSAM` for the arguments."""
 
-    A subclass has ``_ascend``, ``_restore`` and ``_descend``. While the weights are perturbed, ``_backup`` holds what
-    ``_restore`` needs; otherwise it is None.
-    """
+    #: A subclass's.
+    arithmetic: type[Arithmetic]
 
     #: torch.amp.GradScaler.step then leaves unscaling and skipping to step(), in grad_scale and found_inf.
     _step_supports_amp_scaling = True
@@ -51,55 +55,30 @@ class SAM(Optimizer):
             raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        self._prepare()
-        self._backup: Any = None
-        self._frozen: list[nn.Module] = []
-        self._ascended = False  # once, or warned that it has not
+        options = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        _check_options(options)
         self.model = model
         self.scaler = scaler
         self.sync_perturbation = sync_perturbation
-        options = {"rho": rho, "adaptive": adaptive, "eta": eta}
-        _check_options(options)
-        self.base_optimizer = base(params, **base_kwargs)
-        clash = [name for name in _OPTIONS if name in self.base_optimizer.defaults]
-        if clash:
-            raise ValueError(
-                f"base: {base.__name__} has an option {clash[0]!r} of its own, which cannot be told from SAM's; "
-                "this base is not supported"
-            )
+        self.base_optimizer = _make_base(base, params, base_kwargs)
+        groups, state, defaults = (getattr(self.base_optimizer, name) for name in ("param_groups", "state", "defaults"))
+        check_memory(groups)
+        defaults.update(options)
+        # Optimizer.__init__ empties the groups and the state, and adds the groups again.
+        super().__init__(groups, defaults)
+        self.state = state
+        self._set_up()
+        self._measured = torch.full((3,), math.nan, dtype=torch.float64, device=self._device())
+        self._total = torch.zeros(2, dtype=torch.float64, device=self._device())
+        self._without_sam_is_meant = False  # an ascent or a measurement was made, or the warning was given
+
+    def _set_up(self) -> None:
+        """What a copy makes anew."""
+        self._arithmetic = self.arithmetic(self.base_optimizer)
+        self._statistics = FrozenStatistics()
         self.base_optimizer.register_load_state_dict_pre_hook(_keep_options)
-        # Optimizer.__init__ empties param_groups and fills it again through add_param_group. Both attributes are the
-        # base's own (see below), so there is one list and one state.
-        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **options})
-        device = self.param_groups[0]["params"][0].device if self.param_groups[0]["params"] else torch.device("cpu")
-        self._measured = torch.full((3,), math.nan, dtype=torch.float64, device=device)
-        self._total = torch.zeros(2, dtype=torch.float64, device=device)
 
-    # ---- what a subclass brings ----
-
-    def _prepare(self) -> None:
-        """Set up the subclass; called before anything else, and again after unpickling."""
-
-    def _ascend(self, perturb: bool) -> None:
-        """Measure (``_measured``, ``_total``) and, if asked, perturb the weights.
-
-        ``_measured`` is the gradient norm, the sharpness, and the norm of the gradients as they are, which a scaler may
-        have multiplied.
-        """
-        raise NotImplementedError
-
-    def _restore(self) -> None:
-        """Copy the backup to the weights."""
-        raise NotImplementedError
-
-    def _descend(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Update by the base from the restored weights, with the present gradients over ``grad_scale``.
-
-        Where ``found_inf`` is not 0, restore the weights and do no more.
-        """
-        raise NotImplementedError
-
-    # ---- one parameter-group list and one state, the base's ----
+    # ---- one list of parameter groups, one state and one set of defaults, the base's ----
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -117,18 +96,26 @@ class SAM(Optimizer):
     def state(self, state: Any) -> None:
         self.base_optimizer.state = state
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = defaults
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As :meth:`torch.optim.Optimizer.add_param_group`; the group may have its own rho, adaptive and eta."""
         if isinstance(param_group, dict):
             _check_options(param_group)
         self.base_optimizer.add_param_group(param_group)
         try:
-            _check_params(param_group["params"], len(self.param_groups) - 1)
-        except Exception:
+            check_group(self.param_groups, len(self.param_groups) - 1)
+            if "_statistics" in self.__dict__:  # __init__ has checked it for all groups together
+                check_memory(self.param_groups)
+        except BaseException:
             self.param_groups.pop()
             raise
-        for name in _OPTIONS:
-            param_group.setdefault(name, self.defaults[name])
 
     # ---- steps ----
 
@@ -151,17 +138,17 @@ class SAM(Optimizer):
         """
         if closure is None:
             # torch.distributed.checkpoint makes the state by a step with lr 0, which trains nothing
-            if not self._ascended and any(g["rho"] > 0 and g.get("lr") != 0 for g in self.param_groups):
+            if not self._without_sam_is_meant and any(g["rho"] > 0 and g.get("lr") != 0 for g in self.param_groups):
                 warnings.warn(
                     "step() was called without a closure and without first_step() before it: this is the step of "
                     f"{type(self.base_optimizer).__name__}, without SAM. If it is meant, set rho=0 or call "
                     "measure_sharpness() before it",
                     stacklevel=4,  # above the two wrappers that torch puts around step
                 )
-                self._ascended = True
+                self._without_sam_is_meant = True
             self._finish()
             return None
-        if hasattr(self, "found_inf"):
+        if amp.through_scaler(self):
             self.restore()
             raise RuntimeError(
                 "a closure came through GradScaler.step, which looks for overflows before it is called; "
@@ -171,8 +158,9 @@ class SAM(Optimizer):
         if not second_only:
             with torch.enable_grad(), nullcontext() if self.sync_perturbation else unsynchronized(self.model):
                 loss = closure()
-            self.first_step()
         try:
+            if not second_only:
+                self.first_step()
             with torch.enable_grad():
                 second_loss = closure()
             if self.scaler is None:
@@ -185,37 +173,33 @@ class SAM(Optimizer):
         return second_loss if second_only else loss
 
     def _finish(self) -> None:
-        """The second half of a step; a GradScaler has set grad_scale and found_inf on this object."""
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        """The second half of a step."""
+        grad_scale, found_inf = amp.given(self, self._device())
         if found_inf is not None and self.perturbed:  # an overflow in the first pass counts too
-            overflow = any_replica((~self._measured[2].isfinite()).to(found_inf), self.model)
+            overflow = any_replica((~self._measured[NORM].isfinite()).to(found_inf), self.model)
             found_inf = found_inf + overflow
             if self.scaler is not None:
-                for flag in self.scaler._found_inf_per_device(self).values():
-                    flag.add_(overflow.to(flag.device))
-        self._descend(grad_scale, found_inf)
-        self._settle()
+                amp.report_overflow(self.scaler, self, overflow)
+        self._arithmetic.update(grad_scale, found_inf)
+        self._statistics.thaw()
         self.base_optimizer._opt_called = True  # what a scheduler that was given the base asks for
 
-    def _base_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """The base's own step. Whether to skip it is known on the device alone, so this has to wait for it."""
-        if found_inf is not None and found_inf.item():
-            return
-        if grad_scale is not None:
-            for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-                local(p.grad).div_(grad_scale.to(p.device))
-        self.base_optimizer.step()
+    def _device(self) -> torch.device:
+        """Of the first parameter: where the sharpness is."""
+        params = (p for group in self.param_groups for p in group["params"])
+        return next((p.device for p in params), torch.device("cpu"))
 
-    def _ascent_grad_scale(self) -> Tensor | None:
-        """What the scaler has multiplied the present gradients by: float32, one element, on the device."""
-        if self.scaler is None or not self.scaler.is_enabled():
-            return None
-        if self.scaler._per_optimizer_states[id(self)]["stage"].name == "UNSCALED":
-            raise RuntimeError(
-                "scaler.unscale_(opt) was called before the ascent, which needs none: its direction does not depend on "
-                "the scale. Call it between first_step() and scaler.step(opt)"
+    def _measure(self) -> tuple[Tensor, Any]:
+        device = self._device()
+        if self._total.device != device:  # the parameters have moved, or had no memory when it was made
+            self._total = (
+                torch.zeros_like(self._total, device=device) if self._total.is_meta else self._total.to(device)
             )
-        return self.scaler._get_scale_async().to(self._total.device)
+        scale = amp.ascent_scale(self.scaler, self, device)
+        measured = self._arithmetic.measure(self._total, scale)
+        self._measured = measured[0]
+        self._without_sam_is_meant = True
+        return measured
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -232,16 +216,15 @@ class SAM(Optimizer):
         """
         self._check_not_borrowed("first_step()")
         self._check_not_perturbed("first_step()")
-        self._ascended = True
         try:
-            self._ascend(perturb=True)
+            self._arithmetic.perturb(self._measure())
+            if self.model is not None:
+                self._statistics.freeze(self.model)
+            if zero_grad:
+                self.zero_grad()
         except BaseException:
             self.restore()
             raise
-        if self.model is not None:
-            self._frozen = freeze_statistics(self.model)
-        if zero_grad:
-            self.zero_grad()
 
     def second_step(self, zero_grad: bool = False) -> None:
         """:meth:`step` without a closure.
@@ -262,28 +245,20 @@ class SAM(Optimizer):
         """
         self._check_not_borrowed("measure_sharpness()")
         self._check_not_perturbed("measure_sharpness()")
-        self._ascended = True
-        self._ascend(perturb=False)
+        self._measure()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Give the weights back as they were before :meth:`first_step`, bit for bit; nothing to do if not perturbed."""
         self._check_not_borrowed("restore()")
-        if self.perturbed:
-            self._restore()
-        self._settle()
-        for name in ("grad_scale", "found_inf"):  # GradScaler.step leaves them behind where it raises
-            self.__dict__.pop(name, None)
+        self._arithmetic.restore()
+        self._statistics.thaw()
+        amp.forget(self)
 
     @property
     def perturbed(self) -> bool:
-        """Whether the weights are at w + eps."""
-        return self._backup is not None
-
-    def _settle(self) -> None:
-        self._backup = None
-        thaw_statistics(self._frozen)
-        self._frozen = []
+        """Whether the weights are at w + eps, or anything else that :meth:`restore` gives back is not back yet."""
+        return self._arithmetic.record is not None or bool(self._statistics.modules)
 
     def _check_not_perturbed(self, what: str) -> None:
         if self.perturbed:
@@ -308,12 +283,12 @@ class SAM(Optimizer):
         Float64, 0-dim, on the parameters' device; NaN before the first measurement. Reading it copies nothing to the
         host.
         """
-        return self._measured[1]
+        return self._measured[SHARPNESS]
 
     @property
     def grad_norm(self) -> Tensor:
         """||T g|| of the last ascent, as :attr:`sharpness`."""
-        return self._measured[0]
+        return self._measured[GRAD_NORM]
 
     def mean_sharpness(self, reset: bool = True) -> Tensor:
         """Mean sharpness since the last reset, over the steps where it was finite: Algorithm 1's value of an epoch.
@@ -353,17 +328,14 @@ class SAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_perturbed("copying or pickling")
-        options = ("model", "scaler", "sync_perturbation", "defaults")
-        names = ("base_optimizer", *options, "_measured", "_total", "_ascended")
+        options = ("model", "scaler", "sync_perturbation")
+        names = ("base_optimizer", *options, "_measured", "_total", "_without_sam_is_meant")
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base_optimizer" in state:  # unpickled, or a deep copy
-            self._prepare()
-            self._backup = None
-            self._frozen = []
             super().__setstate__(state)
-            self.base_optimizer.register_load_state_dict_pre_hook(_keep_options)
+            self._set_up()
         else:  # from Optimizer.load_state_dict; the base fills in what older checkpoints lack
             self.base_optimizer.__setstate__(_keep_options(self, state))
 
@@ -386,13 +358,79 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"adaptive: expected True or False, got {options['adaptive']!r}")
 
 
-def _check_params(params: list[Tensor], group: int) -> None:
-    for i, p in enumerate(params):
-        check_placement(p, f"param_groups[{group}]['params'][{i}]")
-        if p.is_complex():
-            raise ValueError(
-                f"param_groups[{group}]['params'][{i}]: complex parameters are not supported; "
-                "hold torch.view_as_real of it as the parameter"
-            )
-    if len(set(params)) != len(params):
-        raise ValueError(f"param_groups[{group}]['params']: a parameter appears twice")
+def _make_base(base: type[Optimizer], params: Iterable[Any], kwargs: dict[str, Any]) -> Optimizer:
+    try:
+        made = base(params, **kwargs)
+    except (TypeError, ValueError):  # which say what is wrong with an argument
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"base: {base.__name__} could not be constructed: {type(error).__name__}: {error}"
+        ) from error
+    clash = [name for name in _OPTIONS if name in made.defaults]
+    if clash:
+        raise ValueError(
+            f"base: {base.__name__} has an option {clash[0]!r} of its own, which cannot be told from SAM's; "
+            "this base is not supported"
+        )
+    return made
+
+
+class FusedSAM(SAM):
+    r"""Sharpness-Aware Minimization around a base optimizer, fused over all parameter tensors.
+
+    Implements Algorithm 1 and Proposition 1 of "Study on Loss Landscape Geometry for Improving Generalization in
+    Adaptive Optimization Methods" (Khalid, Ponraj, Mukherjee), which puts the SAM of Foret et al.
+    (https://arxiv.org/abs/2010.01412) around any base, and the ASAM of Kwon et al.
+    (https://arxiv.org/abs/2102.11600):
+
+    .. math::
+        \epsilon_i = \rho_i\, T^2 g_i / (\|T g\|_2 + 10^{-12}), \qquad
+        w \leftarrow \mathrm{base}(w, \nabla L(w + \epsilon))
+
+    with T = 1, or T = abs(w) + eta if ``adaptive``. The norm is taken over all groups whose rho > 0; a group with
+    rho = 0 is neither perturbed nor counted. Weight decay is no part of the ascent gradient.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as for any ``torch.optim`` optimizer. Groups may have
+            their own ``rho``, ``adaptive`` and ``eta``. Float32, float64, bfloat16 or float16 tensors of any shape and
+            strides, mixed at will; arithmetic is in float32 (float64 for float64) and norms are summed in float64.
+            DTensors (FSDP2) may be sharded or replicated: the norm is summed over their mesh.
+        base: an optimizer class. SGD, Adam and AdamW of ``torch.optim`` have native updates, fused with the restoring
+            of the weights; any other class works by its own ``step()``.
+        rho: radius of the neighbourhood, >= 0, in the units of the weights (for ASAM, relative to them).
+        adaptive: ASAM, T = abs(w) + eta, element by element.
+        eta: ASAM's offset, >= 0.
+        model: the module whose BatchNorm running statistics are to move in the first pass only. If it is a
+            DistributedDataParallel, :meth:`step` with a closure makes the first pass under its ``no_sync``: each
+            process perturbs by its own gradient (m-sharpness).
+        scaler: the ``torch.amp.GradScaler`` that scales the losses, if there is one: the sharpness is then reported
+            unscaled, and an overflow in the first pass makes it back off too.
+        sync_perturbation: average the first pass over the processes too: SAM on the whole batch.
+        base_kwargs: the base's own options, ``lr`` and the like.
+
+    Raises:
+        ImportError: if the extension is not built.
+        TypeError, ValueError: on arguments that are not as described, and for a base with an option called rho,
+            adaptive or eta (Adadelta).
+
+    Example::
+
+        opt = FusedSAM(model.parameters(), torch.optim.Adam, lr=1e-3, rho=0.05, model=model)
+
+        def closure():
+            opt.zero_grad()
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            return loss
+
+        loss = opt.step(closure)
+    """
+
+    arithmetic = Fused
+
+
+class ReferenceSAM(SAM):
+    """What :class:`FusedSAM` computes, with the same arguments, in plain PyTorch: slow, and meant to be read."""
+
+    arithmetic = Reference

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .batchnorm import freeze_statistics, thaw_statistics
+from .batchnorm import FrozenStatistics
 from .reference import _ascent_scale, _wide
 from .sam import _check_options
 
@@ -135,11 +135,12 @@ class _Landscape(contextlib.AbstractContextManager):
         self.examples = sum(len(target) for _, target in self.batches)
 
     def __enter__(self) -> _Landscape:
-        self.frozen = freeze_statistics(self.model)
+        self.frozen = FrozenStatistics()
+        self.frozen.freeze(self.model)
         return self
 
     def __exit__(self, *_: object) -> None:
-        thaw_statistics(self.frozen)
+        self.frozen.thaw()
 
     def _losses(self) -> Iterator[Tensor]:
         """Of each batch, weighted so that they add up to the mean over all examples."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sam_fused.optimizer
+import sam_fused.fused
 from sam_fused import FusedSAM
 from sam_fused.bases import native_update
 from tests.cases import DEVICE, awkward, clones, set_grads
@@ -37,7 +37,7 @@ def test_errors_under_capture(monkeypatch):
     params = awkward(torch.float32)
     set_grads(params, 0)
     capturing = False
-    monkeypatch.setattr(sam_fused.optimizer, "_capturing", lambda: capturing)
+    monkeypatch.setattr(sam_fused.fused, "_capturing", lambda: capturing)
     for options, message in (
         ({}, r"param_groups\[0\]: a CUDA graph is capturing .* capturable=True"),
         ({"capturable": True}, r"state cannot be made in a CUDA graph: run a step before"),

@@ -232,3 +232,31 @@ def test_autocast_trains(dtype):
 def test_not_a_scaler():
     with pytest.raises(TypeError, match=r"scaler: expected a torch\.amp\.GradScaler, got float"):
         FusedSAM([torch.nn.Parameter(torch.zeros(2))], scaler=2.0)
+
+
+@both
+@bases
+def test_no_gradient_in_the_second_pass(base, cls):
+    """Nothing to look at for an overflow, and nothing to update."""
+    base_cls, options = BASES[base]
+    params = awkward(torch.float32)
+    amp = scaler()
+    opt = cls(params, base_cls, scaler=amp, rho=0.5, **options)
+    before = [p.detach().clone() for p in params]
+    set_scaled(params, 0)
+    opt.first_step(zero_grad=True)
+    amp.step(opt)  # update() would raise, as it does with every optimizer
+    assert not opt.perturbed
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@both
+def test_nothing_was_scaled(cls):
+    params = awkward(torch.float32)
+    before = [p.detach().clone() for p in params]
+    opt = cls(params, scaler=torch.amp.GradScaler(DEVICE.type))
+    set_grads(params, 0)
+    with pytest.raises(RuntimeError, match=r"scaler: .*has scaled nothing yet.*scaler\.scale\(loss\)\.backward\(\)"):
+        opt.first_step()
+    assert not opt.perturbed
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))

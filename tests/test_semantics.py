@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-import sam_fused.optimizer
+import sam_fused.fused
 from sam_fused import _C, FusedSAM, ReferenceSAM
 from tests.cases import BASES, assert_near, awkward, clones, on_the_cpu, set_grads
 from tests.test_parity import lockstep
@@ -134,7 +134,7 @@ def alternate_places(monkeypatch):
     def place(p):
         return places.setdefault(id(p), (torch.device("cpu:0" if len(places) % 2 else "cpu"), None))
 
-    monkeypatch.setattr(sam_fused.optimizer, "_place", place)
+    monkeypatch.setattr(sam_fused.fused, "_place", place)
     return places
 
 
@@ -144,7 +144,7 @@ def test_a_perturbation_that_fails_halfway_is_undone(monkeypatch):
     opt = FusedSAM(params, rho=1.0)
     set_grads(params, 0)
     before = snapshot(params)
-    perturb, calls = sam_fused.optimizer._C.perturb_, []
+    perturb, calls = sam_fused.fused._C.perturb_, []
 
     class Failing:
         def __getattr__(self, name):
@@ -156,7 +156,7 @@ def test_a_perturbation_that_fails_halfway_is_undone(monkeypatch):
                 raise MemoryError
             perturb(*args)
 
-    monkeypatch.setattr(sam_fused.optimizer, "_C", Failing())
+    monkeypatch.setattr(sam_fused.fused, "_C", Failing())
     with pytest.raises(MemoryError):
         opt.first_step()
     assert len(calls) == 2
@@ -643,5 +643,5 @@ def test_missing_extension():
     assert run.returncode == 1
     last = run.stderr.strip().splitlines()[-1]
     assert "import of sam_fused._C halted" in last
-    assert sam_fused.optimizer.BUILD_COMMAND in last
+    assert sam_fused.fused.BUILD_COMMAND in last
     assert run.stdout == "the reference works\n"

@@ -1,0 +1,58 @@
+"""What torch.amp.GradScaler asks of an optimizer and SAM asks of it; its private parts are used in here alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+#: What GradScaler.step sets on an optimizer before it calls its step, and deletes afterwards unless that raises.
+ATTRIBUTES = ("grad_scale", "found_inf")
+
+
+def through_scaler(opt: Optimizer) -> bool:
+    """Whether GradScaler.step is calling the optimizer's step."""
+    return hasattr(opt, "found_inf")
+
+
+def forget(opt: Optimizer) -> None:
+    """Take away what GradScaler.step leaves behind where it raises."""
+    for name in ATTRIBUTES:
+        opt.__dict__.pop(name, None)
+
+
+def given(opt: Optimizer, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """grad_scale and found_inf, float32 with one element each; None without a scaler, or where it has unscaled."""
+    scale, overflow = (getattr(opt, name, None) for name in ATTRIBUTES)
+    if overflow is not None and not isinstance(overflow, Tensor):  # the sum over no gradients is the number 0
+        overflow = torch.full((), float(overflow), dtype=torch.float32, device=device)
+    return scale, overflow
+
+
+def report_overflow(scaler: GradScaler, opt: Optimizer, overflow: Tensor) -> None:
+    """Add ``overflow``, 0 or 1, to what the scaler has found, so that it backs off."""
+    for flag in scaler._found_inf_per_device(opt).values():
+        flag.add_(overflow.to(flag.device))
+
+
+def ascent_scale(scaler: GradScaler | None, opt: Optimizer, device: torch.device) -> Tensor | None:
+    """What the scaler has multiplied the gradients of the first pass by: float32, one element, on ``device``.
+
+    Raises:
+        RuntimeError: if it has scaled nothing yet, or has unscaled already.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return None
+    if scaler._per_optimizer_states[id(opt)]["stage"].name == "UNSCALED":
+        raise RuntimeError(
+            "scaler.unscale_(opt) was called before the ascent, which needs none: its direction does not depend on "
+            "the scale. Call it between first_step() and scaler.step(opt)"
+        )
+    scale = scaler._get_scale_async()
+    if scale is None:
+        raise RuntimeError(
+            "scaler: it has scaled nothing yet; call scaler.scale(loss).backward() before the ascent, or construct "
+            "without scaler="
+        )
+    return scale.to(device)

@@ -1,0 +1,397 @@
+"""The arithmetic in the extension: one operator call for all the tensors of a device."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .arithmetic import NORM, Arithmetic, Group, radii, signed_radius
+from .bases import Update, native_update
+from .distributed import is_dtensor, local, local_like, placed_like, placement, sum_over_shards
+from .parameters import check_memory, name_of
+
+try:
+    from . import _C
+except ImportError as error:  # FusedSAM raises it where it is constructed
+    _C = None
+    _import_error = error
+
+BUILD_COMMAND = "pip install --no-build-isolation -e ."
+
+
+_Place = tuple[torch.device, Hashable]
+
+
+def _place(p: Tensor) -> _Place:
+    """What the tensors of one operator call share: the device, and the placement on a mesh."""
+    return p.device, placement(p)
+
+
+class _Batch:
+    """Parameters that go into one operator call, in runs of one group each, and what goes with them.
+
+    All have one ``place``. The operators see :meth:`local_params`; backups and state are held as this process's parts.
+    """
+
+    def __init__(self, place: _Place, update: Update | None) -> None:
+        self.device, self.placement = place
+        self.update = update
+        self.params: list[Tensor] = []
+        self.positions: list[int] = []
+        self.casts = False  # whether a gradient has another dtype than its parameter
+        self.groups: list[Group] = []  # of each run
+        self.sizes: list[int] = []
+        self.backups: list[Tensor | None] = []
+        self.state: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        self._packed: tuple[Any, Tensor] | None = None
+
+    def append(self, position: int, p: Tensor, group: Group) -> None:
+        self.params.append(p)
+        self.positions.append(position)
+        self.casts |= p.grad.dtype != p.dtype
+        if not self.groups or self.groups[-1] is not group:
+            self.groups.append(group)
+            self.sizes.append(0)
+        self.sizes[-1] += 1
+
+    def pick(self, grads: list[Tensor]) -> list[Tensor]:
+        mine = grads if len(grads) == len(self.positions) else [grads[i] for i in self.positions]
+        if self.casts:
+            mine = [g.to(p.dtype) for g, p in zip(mine, self.params, strict=True)]
+        if self.placement is None:
+            return mine
+        return [local_like(g, p) for g, p in zip(mine, self.params, strict=True)]
+
+    def local_params(self) -> list[Tensor]:
+        """What this process holds of the parameters; it may lie elsewhere in each step."""
+        return self.params if self.placement is None else [local(p) for p in self.params]
+
+    def mark_changed(self) -> None:
+        """Count up the versions of DTensors; the operators do so for the tensors that they see."""
+        if self.placement is not None:
+            torch.autograd.graph.increment_version(self.params)
+
+    def pack(self, row: Callable[[Group], tuple[float, ...]]) -> Tensor:
+        """One row of float64 values for each run."""
+        rows = [row(group) for group in self.groups]
+        if self._packed is None or self._packed[0] != rows:
+            self._packed = (rows, torch.tensor(rows, dtype=torch.float64, device="cpu"))
+        return self._packed[1]
+
+    def lr(self) -> Tensor | None:
+        """The learning rate of each run, float64 on the parameters' device, if that is where they are kept."""
+        lrs = [group["lr"] for group in self.groups]
+        kept = [isinstance(lr, Tensor) and (lr.device == self.device or not lr.is_cpu) for lr in lrs]
+        if not any(kept):
+            return None
+        options = {"dtype": torch.float64, "device": self.device}
+        return torch.stack(
+            [
+                lr.to(**options).reshape(()) if k else torch.full((), float(lr), **options)
+                for lr, k in zip(lrs, kept, strict=True)
+            ]
+        )
+
+
+class _Active(NamedTuple):
+    """A parameter that has a gradient."""
+
+    param: Tensor
+    group: Group
+    update: Update | None  # None: the base's own step
+    name: str
+
+
+def _batch_for(batches: dict[Hashable, _Batch], p: Tensor, update: Update | None = None) -> _Batch:
+    place = _place(p)
+    key = place, update
+    if key not in batches:
+        batches[key] = _Batch(place, update)
+    return batches[key]
+
+
+def _dense_strides(p: Tensor) -> tuple[int, ...]:
+    """The strides that the extension wants beside ``p``: its own, unless it has gaps."""
+    return torch.empty_like(p, device="meta").stride()
+
+
+def _fits(t: Tensor | None, p: Tensor) -> bool:
+    """Whether the extension can use ``t`` beside ``p``: plain, of its dtype, device, shape and strides."""
+    return (
+        t is not None
+        and t.dtype == p.dtype
+        and t.device == p.device
+        and t.shape == p.shape
+        and t.stride() == _dense_strides(p)
+        and not t.is_neg()
+    )
+
+
+def _pooled(params: list[Tensor], pool: int) -> list[Tensor]:
+    """Zeros in the dtype, device and dense layout of each parameter (of what this process holds of it).
+
+    They are views of one storage for each dtype and device.
+
+    An operator call then walks through one run of memory: with a thousand small tensors, the misses of a thousand
+    scattered ones cost more than the arithmetic. ``pool`` is a small number that differs among the pools that one
+    call walks through together. It shifts their beginnings by 1 KiB: at equal offsets within a page they would push
+    each other out of the cache (24 x 4 M, Adam's update with one thread: 90 ms against 60).
+    """
+    sizes: dict[Hashable, int] = defaultdict(int)
+    offsets = []
+    params = [local(p) for p in params]
+    for p in params:
+        key = (p.dtype, p.device)
+        line = (64 if p.nbytes >= 4096 else 16) // p.itemsize  # a cache line, or what non-temporal stores need
+        start = sizes[key] if key in sizes else 1024 * pool // p.itemsize
+        offsets.append(-(-start // line) * line)
+        sizes[key] = offsets[-1] + p.numel()
+    pools = {(dtype, device): torch.zeros(n, dtype=dtype, device=device) for (dtype, device), n in sizes.items()}
+    return [
+        pools[p.dtype, p.device].as_strided(p.shape, _dense_strides(p), offset)
+        for p, offset in zip(params, offsets, strict=True)
+    ]
+
+
+class _Plan:
+    """The batches of a step, for one choice of parameters that have a gradient.
+
+    It holds what its key names by address, so that no address is used again while the plan is kept.
+    """
+
+    def __init__(self, groups: list[Group], updates: list[Update | None]) -> None:
+        self.groups = list(groups)
+        self.active: list[_Active] = []  # the parameters that have a gradient
+        self.ascent: list[_Batch] = []
+        self.descent: list[_Batch] | None = None
+        self.contents = 0  # of the base's state that `descent` was made from
+        self.held: list[Any] = []  # that state
+        self.leftover: list[tuple[Tensor, Tensor]] = []  # parameters that are perturbed and have no gradient now
+        self.matched: list[_Batch] | None = None  # the perturbed batches that `descent` and `leftover` know of
+        ascent: dict[Hashable, _Batch] = {}
+        for g, (group, update) in enumerate(zip(groups, updates, strict=True)):
+            for i, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                if group["rho"] > 0:
+                    _batch_for(ascent, p).append(len(self.active), p, group)
+                native = update if p.grad.dtype == p.dtype else None
+                self.active.append(_Active(p, group, native, name_of(groups, g, i)))
+        self.ascent = list(ascent.values())
+        self.composed = any(a.update is None for a in self.active)
+
+
+class Fused(Arithmetic):
+    """SAM's arithmetic in one operator call for all the tensors of a device."""
+
+    def __init__(self, base: Optimizer) -> None:
+        if _C is None:
+            raise ImportError(
+                f"sam_fused's extension could not be imported: {_import_error}. "
+                f"Build it from the source tree with: {BUILD_COMMAND}"
+            ) from _import_error
+        super().__init__(base)
+        self._plans: dict[Hashable, _Plan] = {}
+        self._memory: int | None = None  # where the parameters lie, as last checked
+        self._backups: dict[Tensor, Tensor] = {}
+
+    # ---- the cached batches ----
+
+    def _gather(self) -> tuple[_Plan, list[Tensor]]:
+        """The present gradients, and the batches that fit them."""
+        groups = self.base.param_groups
+        rhos = radii(groups)
+        grads, layout, memory = _C.gather([group["params"] for group in groups])
+        if memory != self._memory:
+            check_memory(groups)
+            self._memory = memory
+        updates = [native_update(self.base, group) for group in groups]
+        key = (layout, tuple(map(id, groups)), tuple(updates), tuple(rho > 0 for rho in rhos))
+        plan = self._plans.get(key)
+        if plan is None:
+            self._forget_replaced(groups)
+            plan = self._plans[key] = _Plan(groups, updates)
+        return plan, grads
+
+    def _forget_replaced(self, groups: list[Group]) -> None:
+        """Let go of what was cached for parameters and groups that are not there any more, and of all if it is much."""
+        params = {id(p) for group in groups for p in group["params"]}
+        present = set(map(id, groups))
+        kept = {
+            key: plan
+            for key, plan in self._plans.items()
+            if present.issuperset(map(id, plan.groups)) and all(id(a.param) in params for a in plan.active)
+        }
+        self._plans = kept if len(kept) < 8 else {}
+        self._backups = {p: backup for p, backup in self._backups.items() if id(p) in params}
+
+    def _make_descent(self, plan: _Plan) -> None:
+        """The batches of the update, with the base's state made or moved to the parameters' layout where need be."""
+        self._make_state(plan)
+        state = self.base.state
+        batches: dict[Hashable, _Batch] = {}
+        plan.held = []
+        for position, (p, group, update, _) in enumerate(plan.active):
+            to = _batch_for(batches, p, update)
+            to.append(position, p, group)
+            if update.counts_steps:
+                to.steps.append(state[p]["step"])
+            if update.state:
+                plan.held.append(list(state[p].values()))
+        for to in batches.values():
+            to.state = [local(state[p][key]) for key in to.update.state for p in to.params]
+        plan.matched = None
+        plan.descent = list(batches.values())
+        plan.contents = _C.contents(state)
+
+    def _make_state(self, plan: _Plan) -> None:
+        """Make what is missing of the base's state, and lay out what is there as the parameters are."""
+        wanted: dict[str, list[Tensor]] = defaultdict(list)
+        uncounted: list[Tensor] = []
+        for p, _, update, name in plan.active:
+            state = self.base.state[p] if update.state else {}
+            for key in update.state:
+                old = state.get(key)
+                if old is not None and old.shape != p.shape:
+                    raise ValueError(f"{name}, state {key!r}: expected shape {tuple(p.shape)}, got {tuple(old.shape)}")
+                if old is None or placement(old) != placement(p) or not _fits(local(old), local(p)):
+                    wanted[key].append(p)
+            if update.counts_steps:
+                step = state.get("step")
+                if isinstance(step, Tensor) and step.numel() != 1:
+                    raise ValueError(f"{name}, state 'step': expected one element, got shape {tuple(step.shape)}")
+                if not (
+                    isinstance(step, Tensor)
+                    and step.dtype == torch.float32
+                    and step.device == p.device
+                    and not step.is_neg()
+                ):
+                    uncounted.append(p)
+        if (wanted or uncounted) and _capturing():
+            raise RuntimeError("the base's state cannot be made in a CUDA graph: run a step before capturing one")
+        for pool, (key, params) in enumerate(sorted(wanted.items()), start=2):
+            for p, new in zip(params, _pooled(params, pool), strict=True):
+                old, new = self.base.state[p].get(key), placed_like(new, p)
+                if old is not None:
+                    new.copy_(old)
+                self.base.state[p][key] = new
+        # Steps are counted on the parameters' device, which alone knows whether an overflow skips the update.
+        for device in {p.device for p in uncounted}:
+            there = [p for p in uncounted if p.device == device]
+            zeros = torch.zeros(len(there), dtype=torch.float32, device=device)
+            for p, new in zip(there, zeros, strict=True):
+                old = self.base.state[p].get("step")
+                if old is not None:
+                    new.fill_(old.reshape(()) if isinstance(old, Tensor) else old)
+                self.base.state[p]["step"] = new
+
+    def _match(self, plan: _Plan) -> None:
+        """Give each parameter of the update its backup, and find the perturbed ones that have no gradient now."""
+        plan.matched = None  # until all of it is done
+        perturbed = [pair for batch in self.record or [] for pair in zip(batch.params, batch.backups, strict=True)]
+        backup_of = {id(p): backup for p, backup in perturbed}
+        for batch in plan.descent:
+            batch.backups = [backup_of.pop(id(p), None) for p in batch.params]
+        plan.leftover = [(p, backup) for p, backup in perturbed if id(p) in backup_of]
+        plan.matched = list(self.record or [])
+
+    def _backups_of(self, params: list[Tensor]) -> list[Tensor]:
+        """Buffers to save ``params`` in, kept from step to step."""
+        missing = [p for p in params if not _fits(self._backups.get(p), local(p))]
+        for p, new in zip(missing, _pooled(missing, pool=1), strict=True):
+            self._backups[p] = new
+        return [self._backups[p] for p in params]
+
+    # ---- the arithmetic; torch.compile leaves it as it is, as it does torch.optim's own loading and adding ----
+
+    @torch._disable_dynamo
+    def measure(self, total: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, Any]:
+        plan, grads = self._gather()
+        calls = [(batch, batch.pick(grads), batch.pack(_ascent_row)) for batch in plan.ascent]
+        squares = [
+            sum_over_shards(_C.grad_sq_norm(batch.local_params(), g, ascent, batch.sizes), batch.placement)
+            for batch, g, ascent in calls
+        ]
+        if len(calls) == 1 and squares[0].device == total.device:
+            sq_norms, ascents = squares[0], calls[0][2]
+        else:
+            sq_norms = torch.cat([total.new_empty(0), *(sq.to(total.device) for sq in squares)])
+            none = torch.empty(0, 3, dtype=torch.float64, device="cpu")
+            ascents = torch.cat([none, *(ascent for *_, ascent in calls)])
+        return _C.sharpness_(sq_norms, ascents, total, grad_scale), calls
+
+    @torch._disable_dynamo
+    def perturb(self, measured: tuple[Tensor, Any]) -> None:
+        values, calls = measured
+        record = self.record = []
+        for batch, g, ascent in calls:
+            if not batch.backups:
+                batch.backups = self._backups_of(batch.params)
+            norm = values[NORM].to(batch.device)
+            _C.perturb_(batch.local_params(), g, batch.backups, norm, ascent, batch.sizes, record, batch)
+            batch.mark_changed()
+
+    @torch._disable_dynamo
+    def restore(self) -> None:
+        for batch in self.record or []:
+            _restore(list(zip(batch.params, batch.backups, strict=True)))
+        self.record = None
+
+    @torch._disable_dynamo
+    def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        plan, grads = self._gather()
+        if plan.composed:
+            self.update_composed(grad_scale, found_inf)
+            return
+        if _capturing():
+            for i, group in enumerate(self.base.param_groups):
+                if group.get("capturable") is False:
+                    raise RuntimeError(
+                        f"param_groups[{i}]: a CUDA graph is capturing this step, for which the optimizer must be "
+                        "constructed with capturable=True"
+                    )
+        if plan.descent is None or plan.contents != _C.contents(self.base.state):
+            self._make_descent(plan)
+        if plan.matched is None or plan.matched != (self.record or []):
+            self._match(plan)
+        _restore(plan.leftover)
+        for batch in plan.descent:
+            _C.restore_step_(
+                batch.update.name,
+                batch.local_params(),
+                batch.pick(grads),
+                batch.backups,
+                batch.state,
+                batch.steps,
+                batch.pack(batch.update.hyper),
+                batch.sizes,
+                batch.lr(),
+                None if grad_scale is None else grad_scale.to(batch.device),
+                None if found_inf is None else found_inf.to(batch.device),
+                self.record if batch is plan.descent[-1] else None,
+            )
+            batch.mark_changed()
+        self.record = None
+
+
+def _ascent_row(group: Group) -> tuple[float, ...]:
+    return signed_radius(group), float(group["eta"]), float(group["adaptive"])
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _restore(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy each backup to its parameter, which may have moved to another device since."""
+    for device in {p.device for p, _ in pairs}:
+        there = [(p, backup) for p, backup in pairs if p.device == device]
+        _C.restore_([local(p) for p, _ in there], [backup for _, backup in there])
+        torch.autograd.graph.increment_version([p for p, _ in there if is_dtensor(p)])

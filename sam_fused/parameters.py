@@ -1,0 +1,104 @@
+"""What can be a parameter of SAM, and what an error calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .distributed import check_distributed, is_dtensor
+
+Group = dict[str, Any]
+
+
+def name_of(groups: Sequence[Group], group: int, i: int) -> str:
+    """The name that the user gave, or the place in ``param_groups``."""
+    names = groups[group].get("param_names")
+    return names[i] if names else f"param_groups[{group}]['params'][{i}]"
+
+
+def check_group(groups: Sequence[Group], group: int) -> None:
+    """Raise ValueError if something in this group cannot be a parameter."""
+    params = groups[group]["params"]
+    for i, p in enumerate(params):
+        check_distributed(p, name_of(groups, group, i))
+        if p.is_complex():
+            raise ValueError(
+                f"{name_of(groups, group, i)}: complex parameters are not supported; "
+                "hold torch.view_as_real of it as the parameter"
+            )
+    if len(set(params)) != len(params):
+        raise ValueError(f"param_groups[{group}]['params']: a parameter appears twice")
+
+
+def check_memory(groups: Sequence[Group]) -> None:
+    """Raise ValueError if two elements of the parameters share memory.
+
+    They would be perturbed one after the other, and restored to what the first perturbation made of them.
+    """
+    spans = []
+    for g, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            begin = _address(p)
+            if begin:
+                spans.append((str(p.device), begin, begin + _extent(p) * p.element_size(), g, i))
+                if _overlaps_itself(p):
+                    raise ValueError(f"{name_of(groups, g, i)}: its elements share memory with each other; clone() it")
+    spans.sort()
+    open_spans: list[tuple[str, int, int, int, int]] = []  # that reach beyond where the next begins
+    for span in spans:
+        device, begin, _, g, i = span
+        open_spans = [other for other in open_spans if other[0] == device and other[2] > begin]
+        for *_, other_g, other_i in open_spans:
+            if _share_memory(groups[other_g]["params"][other_i], groups[g]["params"][i]):
+                first, second = sorted([(other_g, other_i), (g, i)])
+                raise ValueError(
+                    f"{name_of(groups, *first)} and {name_of(groups, *second)} share memory; "
+                    "hold one parameter that both places use, or clone() one of them"
+                )
+        open_spans.append(span)
+
+
+def _address(p: Tensor) -> int:
+    """Of the first element; 0 for what has no memory of its own: DTensors, wrappers, meta and fake tensors."""
+    if is_dtensor(p) or p.is_meta or p.numel() == 0:
+        return 0
+    try:
+        return p.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def _extent(p: Tensor) -> int:
+    """Elements from the first to the last in memory."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+
+
+def _addresses(p: Tensor) -> Tensor:
+    """Of each byte of ``p``."""
+    places = torch.arange(_extent(p), device="cpu").as_strided(p.shape, p.stride()).reshape(-1, 1)
+    size = p.element_size()
+    return (p.data_ptr() + places * size + torch.arange(size, device="cpu")).flatten()
+
+
+def _dense(p: Tensor) -> bool:
+    return _extent(p) == p.numel()
+
+
+def _share_memory(p: Tensor, q: Tensor) -> bool:
+    """For two whose spans of memory overlap."""
+    if p is q:  # which torch.optim and check_group look after
+        return False
+    return (_dense(p) and _dense(q)) or bool(torch.isin(_addresses(p), _addresses(q)).any())
+
+
+def _overlaps_itself(p: Tensor) -> bool:
+    inner = 1
+    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
+        if size > 1:
+            if stride < inner:  # in nearly all cases it then does
+                return len(_addresses(p).unique()) < p.numel() * p.element_size()
+            inner += (size - 1) * stride
+    return False
