@@ -151,6 +151,27 @@ def test_ddp_sync_perturbation_is_sam_on_the_whole_batch(pair, cls):
     pair(global_perturbation, cls)
 
 
+def static_graph() -> None:
+    model = DistributedDataParallel(network(), static_graph=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    opt = FusedSAM(model.parameters(), torch.optim.SGD, model=model, **OPTIONS)
+    x, y = shard(0, dist.get_rank())
+    with pytest.raises(RuntimeError, match="model: DistributedDataParallel with static_graph=True.*sync_perturbation"):
+        take_step(opt, model, x, y)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    opt = FusedSAM(model.parameters(), torch.optim.SGD, model=model, sync_perturbation=True, **OPTIONS)
+    alone = network()
+    expected = ReferenceSAM(alone.parameters(), torch.optim.SGD, **OPTIONS)
+    for step in range(3):
+        take_step(opt, model, *shard(step, dist.get_rank()))
+        take_step(expected, alone, *batch(step))
+        assert_same_weights(model, alone, 1e-10, f"step {step}")
+
+
+def test_ddp_with_a_static_graph(pair):
+    pair(static_graph)
+
+
 def overflow_on_one_rank(base) -> None:
     """Rank 1 overflows in its first pass, which rank 0 cannot see in its own gradients."""
     model = DistributedDataParallel(network().float())
@@ -215,6 +236,21 @@ def fsdp_steps(base, adaptive, options) -> None:
         for key, value in expected.state[q].items():
             assert_near(full(opt.state[p][key]), value, 1e-10, key)
             assert key == "step" or opt.state[p][key].placements == p.placements
+
+
+def fsdp1(use_orig_params) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(network(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    for cls in (FusedSAM, ReferenceSAM):
+        with pytest.raises(ValueError, match="FullyShardedDataParallel are not supported.*fully_shard"):
+            cls(model.parameters(), torch.optim.SGD, **OPTIONS)
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_fsdp1_is_refused(pair, use_orig_params):
+    """Each process would perturb by the norm of its own shard."""
+    pair(fsdp1, use_orig_params)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
