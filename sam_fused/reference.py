@@ -13,16 +13,8 @@ import torch
 from torch import Tensor
 
 from .distributed import is_dtensor
+from .geometry import ascent_scale, wide
 from .sam import SAM
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _ascent_scale(w: Tensor, group: dict[str, Any]) -> Tensor:
-    """T: 1, or |w| + eta for ASAM."""
-    return w.abs() + group["eta"] if group["adaptive"] else torch.ones_like(w)
 
 
 def _hashed(x: Tensor) -> Tensor:
@@ -56,7 +48,7 @@ def sgd(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> T
     g = g + group["weight_decay"] * w
     if group["momentum"]:
         fresh = state.get("momentum_buffer") is None
-        buffer = g if fresh else group["momentum"] * _wide(state["momentum_buffer"]) + (1 - group["dampening"]) * g
+        buffer = g if fresh else group["momentum"] * wide(state["momentum_buffer"]) + (1 - group["dampening"]) * g
         if fresh:
             state["momentum_buffer"] = torch.empty_like(w, dtype=group["dtype"])
         state["momentum_buffer"].copy_(buffer)
@@ -79,12 +71,12 @@ def adam(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> 
         w = w - group["lr"] * group["weight_decay"] * w
     else:
         g = g + group["weight_decay"] * w
-    m = beta1 * _wide(state["exp_avg"]) + (1 - beta1) * g
-    v = beta2 * _wide(state["exp_avg_sq"]) + (1 - beta2) * g * g
+    m = beta1 * wide(state["exp_avg"]) + (1 - beta1) * g
+    v = beta2 * wide(state["exp_avg_sq"]) + (1 - beta2) * g * g
     state["exp_avg"].copy_(m)
     state["exp_avg_sq"].copy_(v)
     if group["amsgrad"]:
-        v = torch.maximum(_wide(state["max_exp_avg_sq"]), v)
+        v = torch.maximum(wide(state["max_exp_avg_sq"]), v)
         state["max_exp_avg_sq"].copy_(v)
     m_hat = m / (1 - beta1**t)
     v_hat = v / (1 - beta2**t)
@@ -111,7 +103,7 @@ class ReferenceSAM(SAM):
     def _ascend(self, perturb: bool) -> None:
         ascent = [(group, p) for group, p in self._with_grad() if group["rho"] > 0]
         squares = [
-            (_ascent_scale(_wide(p), group) * _wide(p.grad)).double().square().sum().to(self._total.device)
+            (ascent_scale(wide(p), group) * wide(p.grad)).double().square().sum().to(self._total.device)
             for group, p in ascent
         ]
         zero = torch.zeros((), dtype=torch.float64, device=self._total.device)
@@ -130,8 +122,8 @@ class ReferenceSAM(SAM):
         if not raw.isfinite():
             return
         for group, p in ascent:
-            w, g = _wide(p), _wide(p.grad)
-            t = _ascent_scale(w, group)
+            w, g = wide(p), wide(p.grad)
+            t = ascent_scale(w, group)
             perturbed = w + group["rho"] / (raw.item() + 1e-12) * t * t * g
             p.copy_(_round_randomly(perturbed, p, raw.item()) if p.element_size() == 2 else perturbed)
 
@@ -152,4 +144,4 @@ class ReferenceSAM(SAM):
         decoupled = isinstance(self.base_optimizer, torch.optim.AdamW)
         for group, p in self._with_grad():
             options = {"decoupled_weight_decay": decoupled, **group, "dtype": p.dtype}
-            p.copy_(update(_wide(p), _wide(p.grad) / scale, self.state[p], options))
+            p.copy_(update(wide(p), wide(p.grad) / scale, self.state[p], options))

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .batchnorm import freeze_statistics, thaw_statistics
 from .distributed import any_replica, check_placement, local, unsynchronized
+from .geometry import check_options
 
 _OPTIONS = ("rho", "adaptive", "eta")
 
@@ -59,7 +60,7 @@ class SAM(Optimizer):
         self.scaler = scaler
         self.sync_perturbation = sync_perturbation
         options = {"rho": rho, "adaptive": adaptive, "eta": eta}
-        _check_options(options)
+        check_options(options)
         self.base_optimizer = base(params, **base_kwargs)
         clash = [name for name in _OPTIONS if name in self.base_optimizer.defaults]
         if clash:
@@ -120,7 +121,7 @@ class SAM(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As :meth:`torch.optim.Optimizer.add_param_group`; the group may have its own rho, adaptive and eta."""
         if isinstance(param_group, dict):
-            _check_options(param_group)
+            check_options(param_group)
         self.base_optimizer.add_param_group(param_group)
         try:
             _check_params(param_group["params"], len(self.param_groups) - 1)
@@ -375,15 +376,6 @@ def _keep_options(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     if len(groups) != len(options):
         return state_dict  # which torch refuses with its own message
     return {**state_dict, "param_groups": [{**kept, **group} for kept, group in zip(options, groups, strict=True)]}
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    for name in ("rho", "eta"):
-        value = options.get(name, 0.0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
-    if not isinstance(options.get("adaptive", False), bool):
-        raise ValueError(f"adaptive: expected True or False, got {options['adaptive']!r}")
 
 
 def _check_params(params: list[Tensor], group: int) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batchnorm import freeze_statistics, thaw_statistics
-from .reference import _ascent_scale, _wide
-from .sam import _check_options
+from .geometry import ascent_scale, check_options, wide
 
 KINDS = ("first_order", "realised", "average")
 
@@ -77,7 +76,7 @@ def measure_sharpness(
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     if directions < 2:
         raise ValueError(f"directions: expected 2 or more, got {directions}")
-    _check_options({"rho": rho})
+    check_options({"rho": rho})
     with _Landscape(model, loss_fn, batches, adaptive, eta) as landscape:
         if kind == "first_order":
             return Sharpness(rho * landscape.ascent()[0], None)
@@ -124,7 +123,7 @@ class _Landscape(contextlib.AbstractContextManager):
         adaptive: bool,
         eta: float,
     ) -> None:
-        _check_options({"eta": eta, "adaptive": adaptive})
+        check_options({"eta": eta, "adaptive": adaptive})
         self.model, self.loss_fn, self.batches = model, loss_fn, list(batches)
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.options = {"adaptive": adaptive, "eta": eta}
@@ -152,18 +151,18 @@ class _Landscape(contextlib.AbstractContextManager):
         kept = [p.detach().clone() for p in self.params]
         try:
             for p, w, d in zip(self.params, kept, direction or [], strict=direction is not None):
-                p.copy_(_wide(w) + radius * d)
+                p.copy_(wide(w) + radius * d)
             return sum(loss.double().item() for loss in self._losses())
         finally:
             for p, w in zip(self.params, kept, strict=True):
                 p.copy_(w)
 
     def _scales(self) -> list[Tensor]:
-        return [_ascent_scale(_wide(p.detach()), self.options) for p in self.params]
+        return [ascent_scale(wide(p.detach()), self.options) for p in self.params]
 
     def ascent(self) -> tuple[float, list[Tensor]]:
         """||T g|| and the direction T^2 g / ||T g||."""
-        gradients = [torch.zeros_like(_wide(p.detach())) for p in self.params]
+        gradients = [torch.zeros_like(wide(p.detach())) for p in self.params]
         with torch.enable_grad():
             for loss in self._losses():
                 of_batch = torch.autograd.grad(loss, self.params, allow_unused=True)

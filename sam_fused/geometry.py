@@ -1,0 +1,29 @@
+"""SAM's geometry: what the optimizers and the functions that measure sharpness have in common."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def wide(t: Tensor) -> Tensor:
+    """``t`` in the dtype of the arithmetic: float32, or float64 where ``t`` is."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def ascent_scale(w: Tensor, options: dict[str, Any]) -> Tensor:
+    """T: 1, or |w| + eta for ASAM."""
+    return w.abs() + options["eta"] if options["adaptive"] else torch.ones_like(w)
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise ValueError where rho, eta or adaptive, as far as they are given, are not as described."""
+    for name in ("rho", "eta"):
+        value = options.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+    if not isinstance(options.get("adaptive", False), bool):
+        raise ValueError(f"adaptive: expected True or False, got {options['adaptive']!r}")
