@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -20,10 +21,15 @@ def ascent_scale(w: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raise ValueError where rho, eta or adaptive, as far as they are given, are not as described."""
+    """Raise ValueError where rho, eta or adaptive, as far as they are given, are not as described.
+
+    Numbers of other libraries, such as numpy's, become Python's: a checkpoint is to load with ``weights_only=True``.
+    """
     for name in ("rho", "eta"):
         value = options.get(name, 0.0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+        if name in options and type(value) not in (int, float):
+            options[name] = float(value)
     if not isinstance(options.get("adaptive", False), bool):
         raise ValueError(f"adaptive: expected True or False, got {options['adaptive']!r}")
