@@ -167,6 +167,7 @@ class _Landscape:
         self.loss_fn, self.options = loss_fn, options
         # DistributedDataParallel's own forward would copy buffers between the processes and expect a backward
         self.model = without_ddp(model)
+        self.replicas = self.model is not model
         self.sharded = fsdp_modules(self.model)
         for module in self.sharded:
             module.reshard()  # a forward without a backward leaves the root's parameters whole
@@ -182,6 +183,7 @@ class _Landscape:
         self.widens = any(_is_half(p) for p in self.params)
         self.hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
         self.grads: dict[Tensor, Tensor | None] = {}
+        self.buckets: list[tuple[Tensor, Tensor]] = []
         self.halves: list[tuple[Tensor, Tensor]] = []
         self.weights: list[Tensor] = []
         self.buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
@@ -221,6 +223,8 @@ class _Landscape:
         params = list(self.model.parameters())
         self.hooks = [(hooks, dict(hooks)) for p in params if (hooks := p._post_accumulate_grad_hooks)]
         self.grads = {p: p.grad for p in params}
+        if self.replicas:  # a forward that waits for its backward would have ours written to its buckets
+            self.buckets = [(p.grad, p.grad.clone()) for p in params if p.grad is not None]
         if self.widens:
             self.halves = [(t, t.data) for t in (*params, *self.model.buffers()) if _is_half(t)]
         for hooks, _ in self.hooks:
@@ -244,6 +248,8 @@ class _Landscape:
         for leaf, grad in self.grads.items():
             if leaf.grad is not grad:
                 leaf.grad = grad
+        for grad, value in self.buckets:
+            grad.copy_(value)
         for hooks, kept in self.hooks:
             hooks.update(kept)
 
