@@ -1,9 +1,7 @@
-"""What a protocol asks of an arithmetic, and what every arithmetic reads in the parameter groups."""
+"""What a protocol asks of an arithmetic."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -66,23 +64,3 @@ class Arithmetic:
             for p in (p for group in self.base.param_groups for p in group["params"] if p.grad is not None):
                 local(p.grad).div_(grad_scale.to(p.device))
         self.base.step()
-
-
-def radii(groups: Iterable[Group]) -> list[float]:
-    """rho of each group.
-
-    Raises:
-        ValueError: if one is no finite number >= 0.
-    """
-    out = []
-    for i, group in enumerate(groups):
-        rho = group["rho"]
-        if not (isinstance(rho, (int, float)) and 0 <= rho < math.inf):
-            raise ValueError(f"param_groups[{i}]['rho']: expected a finite number >= 0, got {rho!r}")
-        out.append(float(rho))
-    return out
-
-
-def signed_radius(group: Group) -> float:
-    """rho, negative for a group that maximises its objective f: SAM ascends -f, as if -f were minimised."""
-    return -float(group["rho"]) if group.get("maximize", False) else float(group["rho"])

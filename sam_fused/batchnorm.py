@@ -1,7 +1,9 @@
 """Running statistics of BatchNorm that move in the first of SAM's two passes only."""
 
+import warnings
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,12 +16,21 @@ class FrozenStatistics:
 
     A module that does not track still normalises by the batch in training mode and by its buffers in eval mode, so
     only ``running_mean``, ``running_var`` and ``num_batches_tracked`` are frozen. Nothing is copied.
+
+    Other buffers that a forward moves do so in both passes: InstanceNorm's statistics, which no switch stops,
+    spectral_norm's vectors, and BatchNorm's in a torch.jit module, where the switch is a constant, with a warning.
     """
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []  # on record before the first is frozen, until the last is thawed
 
     def freeze(self, model: nn.Module) -> None:
+        if any(isinstance(m, torch.jit.ScriptModule) and m.training and _counts_batches(m) for m in model.modules()):
+            warnings.warn(
+                "model: BatchNorm inside a torch.jit module cannot be frozen, so its statistics move in both passes; "
+                "keep BatchNorm out of what torch.jit compiles",
+                stacklevel=2,
+            )
         self.modules = [
             m for m in model.modules() if isinstance(m, _BatchNorm) and (m.track_running_stats or m in _holders)
         ]
@@ -35,3 +46,7 @@ class FrozenStatistics:
                 module.track_running_stats = True
                 _holders.pop(module, None)
         self.modules = []
+
+
+def _counts_batches(module: nn.Module) -> bool:
+    return any(name == "num_batches_tracked" for name, _ in module.named_buffers(recurse=False))

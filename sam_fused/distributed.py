@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,16 @@ def any_replica(flag: Tensor, model: nn.Module | None) -> Tensor:
     if replicas is not None:
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=replicas.process_group)
     return flag
+
+
+def without_ddp(model: nn.Module) -> nn.Module:
+    """What a DistributedDataParallel wraps: each process's own forward and gradients."""
+    replicas = _replicas(model)
+    model = model if replicas is None else replicas.module
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(f"model: expected a DistributedDataParallel around all of it, got one inside, {name!r}")
+    return model
 
 
 # ---- shards ----
@@ -96,3 +107,58 @@ def sum_over_shards(squares: Tensor, place: Hashable) -> Tensor:
             if not part.is_replicate():
                 torch.distributed.all_reduce(squares, group=mesh.get_group(dim))
     return squares
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """Those that FSDP2 (``fully_shard``) manages; raises on FSDP1's."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError("model: FullyShardedDataParallel (FSDP1) is not supported; use fully_shard (FSDP2)")
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+# ---- values of several processes ----
+
+
+def process_groups(model: nn.Module, params: list[Tensor]) -> list[Any]:
+    """Groups through which, one after the other, this process reaches all that share ``model`` or its largest mesh."""
+    replicas = _replicas(model)
+    if replicas is not None:
+        return [replicas.process_group]
+    meshes = [p.device_mesh for p in params if is_dtensor(p)]
+    if not meshes:
+        return []
+    mesh = max(meshes, key=lambda mesh: mesh.size())
+    return [mesh.get_group(dim) for dim in range(mesh.ndim)]
+
+
+def mesh_device(params: list[Tensor]) -> torch.device:
+    """Where processes exchange what belongs to ``params``, which may be elsewhere (FSDP2's CPU offload)."""
+    mesh = next((p.device_mesh for p in params if is_dtensor(p)), None)
+    return params[0].device if mesh is None else torch.device(mesh.device_type)
+
+
+def mean_over(t: Tensor, groups: list[Any]) -> Tensor:
+    """Over the processes of ``groups``, in place."""
+    for group in groups:
+        torch.distributed.all_reduce(t, group=group)
+        t /= group.size()
+    return t
+
+
+def drawn_by_the_first(t: Tensor, p: Tensor, groups: list[Any]) -> Tensor:
+    """The first process's ``t``, of the shape of ``p``: the part of it that this process holds of ``p``."""
+    if is_dtensor(p):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(t.to(p.device_mesh.device_type), p.device_mesh, p.placements).to_local().to(t.device)
+    for group in groups:
+        torch.distributed.broadcast(t, torch.distributed.get_global_rank(group, 0), group=group)
+    return t
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of ``t``, on every process."""
+    return t.full_tensor() if is_dtensor(t) else t

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arithmetic import NORM, Arithmetic, Group, radii, signed_radius
+from .arithmetic import NORM, Arithmetic, Group
 from .bases import Update, native_update
 from .distributed import is_dtensor, local, local_like, placed_like, placement, sum_over_shards
+from .geometry import radii, signed_radius
 from .parameters import check_memory, name_of
 
 try:

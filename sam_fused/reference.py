@@ -14,19 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arithmetic import NORM, Arithmetic, Group, radii, signed_radius
+from .arithmetic import NORM, Arithmetic, Group
 from .bases import native_update
 from .distributed import is_dtensor
+from .geometry import ascent_scale, radii, signed_radius, wide
 from .parameters import check_memory, name_of
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _ascent_scale(w: Tensor, group: dict[str, Any]) -> Tensor:
-    """T: 1, or |w| + eta for ASAM."""
-    return w.abs() + group["eta"] if group["adaptive"] else torch.ones_like(w)
 
 
 def _hashed(x: Tensor) -> Tensor:
@@ -60,7 +52,7 @@ def sgd(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> T
     g = g + group["weight_decay"] * w
     if group["momentum"]:
         fresh = state.get("momentum_buffer") is None
-        buffer = g if fresh else group["momentum"] * _wide(state["momentum_buffer"]) + g
+        buffer = g if fresh else group["momentum"] * wide(state["momentum_buffer"]) + g
         if fresh:
             state["momentum_buffer"] = torch.empty_like(w, dtype=group["dtype"])
         state["momentum_buffer"].copy_(buffer)
@@ -83,12 +75,12 @@ def adam(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> 
         w = w - group["lr"] * group["weight_decay"] * w
     else:
         g = g + group["weight_decay"] * w
-    m = beta1 * _wide(state["exp_avg"]) + (1 - beta1) * g
-    v = beta2 * _wide(state["exp_avg_sq"]) + (1 - beta2) * g * g
+    m = beta1 * wide(state["exp_avg"]) + (1 - beta1) * g
+    v = beta2 * wide(state["exp_avg_sq"]) + (1 - beta2) * g * g
     state["exp_avg"].copy_(m)
     state["exp_avg_sq"].copy_(v)
     if group["amsgrad"]:
-        v = torch.maximum(_wide(state["max_exp_avg_sq"]), v)
+        v = torch.maximum(wide(state["max_exp_avg_sq"]), v)
         state["max_exp_avg_sq"].copy_(v)
     m_hat = m / (1 - beta1**t)
     v_hat = v / (1 - beta2**t)
@@ -125,7 +117,7 @@ class Reference(Arithmetic):
         radii(self.base.param_groups)
         ascent = [(group, p) for group, p in self._with_grad() if group["rho"] > 0]
         squares = [
-            (_ascent_scale(_wide(p), group) * _wide(p.grad.to(p.dtype))).double().square().sum().to(total.device)
+            (ascent_scale(wide(p), group) * wide(p.grad.to(p.dtype))).double().square().sum().to(total.device)
             for group, p in ascent
         ]
         zero = torch.zeros((), dtype=torch.float64, device=total.device)
@@ -146,8 +138,8 @@ class Reference(Arithmetic):
         if not math.isfinite(norm):
             return
         for group, p in ascent:
-            w, g = _wide(p), _wide(p.grad.to(p.dtype))
-            t = _ascent_scale(w, group)
+            w, g = wide(p), wide(p.grad.to(p.dtype))
+            t = ascent_scale(w, group)
             perturbed = w + signed_radius(group) / (norm + 1e-12) * t * (t * g)
             p.copy_(_round_randomly(perturbed, p, norm) if p.element_size() == 2 else perturbed)
 
@@ -169,5 +161,5 @@ class Reference(Arithmetic):
             for group, p, _ in updates:
                 options = {"decoupled_weight_decay": decoupled, **group, "dtype": p.dtype}
                 step = UPDATES[type(self.base)]
-                p.copy_(step(_wide(p), _wide(p.grad) / scale, self.base.state[p], options))
+                p.copy_(step(wide(p), wide(p.grad) / scale, self.base.state[p], options))
         self.record = None

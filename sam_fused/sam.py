@@ -18,6 +18,7 @@ from .arithmetic import GRAD_NORM, NORM, SHARPNESS, Arithmetic
 from .batchnorm import FrozenStatistics
 from .distributed import any_replica, unsynchronized
 from .fused import Fused
+from .geometry import check_options
 from .parameters import check_group, check_memory
 from .reference import Reference
 
@@ -56,7 +57,7 @@ class SAM(Optimizer):
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         options = {"rho": rho, "adaptive": adaptive, "eta": eta}
-        _check_options(options)
+        check_options(options)
         self.model = model
         self.scaler = scaler
         self.sync_perturbation = sync_perturbation
@@ -107,7 +108,7 @@ class SAM(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As :meth:`torch.optim.Optimizer.add_param_group`; the group may have its own rho, adaptive and eta."""
         if isinstance(param_group, dict):
-            _check_options(param_group)
+            check_options(param_group)
         self.base_optimizer.add_param_group(param_group)
         try:
             check_group(self.param_groups, len(self.param_groups) - 1)
@@ -347,15 +348,6 @@ def _keep_options(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     if len(groups) != len(options):
         return state_dict  # which torch refuses with its own message
     return {**state_dict, "param_groups": [{**kept, **group} for kept, group in zip(options, groups, strict=True)]}
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    for name in ("rho", "eta"):
-        value = options.get(name, 0.0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
-    if not isinstance(options.get("adaptive", False), bool):
-        raise ValueError(f"adaptive: expected True or False, got {options['adaptive']!r}")
 
 
 def _make_base(base: type[Optimizer], params: Iterable[Any], kwargs: dict[str, Any]) -> Optimizer:

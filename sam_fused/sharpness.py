@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from .batchnorm import FrozenStatistics
-from .reference import _ascent_scale, _wide
-from .sam import _check_options
+from .distributed import (
+    check_distributed,
+    drawn_by_the_first,
+    fsdp_modules,
+    is_dtensor,
+    local,
+    local_like,
+    mean_over,
+    mesh_device,
+    placement,
+    process_groups,
+    sum_over_shards,
+    whole,
+    without_ddp,
+)
+from .geometry import ascent_scale, check_options
 
 KINDS = ("first_order", "realised", "average")
 
@@ -51,34 +66,51 @@ def measure_sharpness(
     this with one batch at a time. Parameters that do not require a gradient are left out.
 
     BatchNorm and dropout are as ``model.training`` says: normalised by the batch in training mode, which is the loss
-    that training sees, and by the running statistics in eval mode, which is the loss of the network in use. The
-    running statistics stand still in both. With dropout, use eval mode: the losses would not be comparable.
+    that training sees, and by the running statistics in eval mode, which is the loss of the network in use. Every
+    forward starts from the same buffers, so that running statistics and spectral_norm's vectors do not move. With
+    dropout, use eval mode: the losses would not be comparable.
+
+    A model with 16-bit weights is evaluated in float32, its buffers and batches too: w + eps cannot be told from w in
+    16 bits. Where float32 weights are cast as they are used (autocast, FSDP2's MixedPrecisionPolicy), L includes the
+    cast, and ``realised`` and ``average`` at a small rho see little but its rounding.
+
+    In several processes, with a DistributedDataParallel or an FSDP2 model (``fully_shard``), each brings batches of its
+    own, as many as the others: L is the mean over the examples of all, and all return the same. (For a replica's own
+    sharpness give ``ddp.module``.) A process that raises alone leaves the others waiting, as in training.
 
     Args:
-        model: called with a batch's input.
+        model: called with a batch's input. Not FSDP1; no DistributedDataParallel inside another module.
         loss_fn: loss_fn(model(input), target), a 0-dim mean over the batch's examples.
-        batches: pairs (input, target) on the model's device; a target's length is its number of examples. Read once
-            and kept, so that every loss is of the same data.
+        batches: pairs (input, target) on the model's device; a target's length is its number of examples, so it is a
+            tensor or a list, not a dict or a tuple. Read once and kept, so that every loss is of the same data.
         rho: radius, >= 0, in the units of the weights (ASAM: relative to them).
         kind: one of the three above.
         adaptive, eta: ASAM's geometry, as in :class:`FusedSAM`.
         directions: how many ``average`` draws, >= 2.
-        generator: of the directions, on the device of the parameters.
+        generator: of the directions, on any device. In several processes the first one's counts.
 
     Returns:
-        value, and for ``average`` the standard error of the mean over the directions.
+        value, and for ``average`` the standard error of the mean over the directions. NaN where a loss or a gradient
+        is not finite.
 
     Raises:
-        ValueError: on arguments that are not as described.
+        ValueError: on arguments that are not as described, and on parameters that are complex, that share memory, that
+            were made in inference mode, or that are 16-bit DTensors; it names them.
+        RuntimeError: if FSDP2 has been told not to reduce gradients.
 
-    An exception from the model or the loss goes on; weights, gradients and statistics are then what they were.
+    An exception from the model or the loss, or an interrupt, goes on; the weights, every ``.grad`` and the buffers are
+    then what they were, bit for bit. Hooks that run after a gradient is accumulated are not called.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if directions < 2:
+    if not isinstance(directions, numbers.Integral) or directions < 2:
         raise ValueError(f"directions: expected 2 or more, got {directions}")
-    _check_options({"rho": rho})
-    with _Landscape(model, loss_fn, batches, adaptive, eta) as landscape:
+    options = {"rho": rho, "adaptive": adaptive, "eta": eta}
+    check_options(options)
+    rho = options["rho"]
+    landscape = _Landscape(model, loss_fn, batches, options)
+
+    def measure() -> Sharpness:
         if kind == "first_order":
             return Sharpness(rho * landscape.ascent()[0], None)
         start = landscape.loss()
@@ -89,15 +121,17 @@ def measure_sharpness(
             direction = landscape.random_direction(generator)
             rises.append((landscape.loss(direction, rho) + landscape.loss(direction, -rho)) / 2 - start)
         mean = sum(rises) / directions
-        variance = sum((rise - mean) ** 2 for rise in rises) / (directions - 1)
+        variance = sum((rise - mean) * (rise - mean) for rise in rises) / (directions - 1)
         return Sharpness(mean, math.sqrt(variance / directions))
+
+    return landscape.explore(measure)
 
 
 def loss_slice(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
     batches: Iterable[tuple[Any, Any]],
-    radii: Sequence[float],
+    radii: Iterable[float],
     *,
     adaptive: bool = False,
     eta: float = 0.0,
@@ -106,82 +140,294 @@ def loss_slice(
 
     Everything else is as in :func:`measure_sharpness`. At r = rho, less the value at 0, this is ``realised``.
     """
-    if not all(math.isfinite(r) for r in radii):
-        raise ValueError(f"radii: expected finite numbers, got {list(radii)}")
-    with _Landscape(model, loss_fn, batches, adaptive, eta) as landscape:
+    radii = list(radii)
+    if not all(isinstance(r, numbers.Real) and math.isfinite(r) for r in radii):
+        raise ValueError(f"radii: expected finite numbers, got {radii}")
+    options = {"adaptive": adaptive, "eta": eta}
+    check_options(options)
+    landscape = _Landscape(model, loss_fn, batches, options)
+
+    def measure() -> list[float]:
         _, direction = landscape.ascent()
-        return [landscape.loss(direction, r) for r in radii]
+        return [landscape.loss(direction, float(r)) for r in radii]
+
+    return landscape.explore(measure)
 
 
-class _Landscape(contextlib.AbstractContextManager):
-    """The loss around the weights of a model; BatchNorm's running statistics stand still while it is entered."""
+class _Landscape:
+    """The loss around the weights of a model. ``explore`` gives the model back as it was."""
 
     def __init__(
         self,
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor],
         batches: Iterable[tuple[Any, Any]],
-        adaptive: bool,
-        eta: float,
+        options: dict[str, Any],
     ) -> None:
-        _check_options({"eta": eta, "adaptive": adaptive})
-        self.model, self.loss_fn, self.batches = model, loss_fn, list(batches)
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        self.options = {"adaptive": adaptive, "eta": eta}
-        if not self.batches:
-            raise ValueError("batches: expected at least one, got none")
-        if not self.params:
+        self.loss_fn, self.options = loss_fn, options
+        # DistributedDataParallel's own forward would copy buffers between the processes and expect a backward
+        self.model = without_ddp(model)
+        self.replicas = self.model is not model
+        self.sharded = fsdp_modules(self.model)
+        for module in self.sharded:
+            module.reshard()  # a forward without a backward leaves the root's parameters whole
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if not named:
             raise ValueError("model: expected a parameter that requires a gradient, got none")
-        self.examples = sum(len(target) for _, target in self.batches)
+        _check_parameters(named)
+        self.params = [p for _, p in named]
+        self.groups = process_groups(model, self.params)
+        self.batches = self._weighted(list(batches))
+        # Between w and w + eps lie a few of 16 bits' numbers or none: to nearest, most of eps is lost, and rounded
+        # stochastically it drowns in noise. So a model with 16-bit weights is evaluated in float32.
+        self.widens = any(_is_half(p) for p in self.params)
+        self.hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
+        self.grads: dict[Tensor, Tensor | None] = {}
+        self.buckets: list[tuple[Tensor, Tensor]] = []
+        self.halves: list[tuple[Tensor, Tensor]] = []
+        self.weights: list[Tensor] = []
+        self.buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
-    def __enter__(self) -> _Landscape:
-        self.frozen = FrozenStatistics()
-        self.frozen.freeze(self.model)
-        return self
+    def _weighted(self, batches: list[Any]) -> list[tuple[Any, Any, float]]:
+        """With each batch's weight in the mean over all examples of all processes."""
+        sizes = [_size(batch, f"batches[{i}]") for i, batch in enumerate(batches)]
+        counts = self._mean([sum(sizes), len(sizes), len(sizes) ** 2])
+        if counts[1] ** 2 != counts[2]:
+            raise ValueError("batches: expected as many in every process: each forward of one waits for the others'")
+        if not batches:
+            raise ValueError("batches: expected at least one, got none")
+        return [(x, target, n / counts[0]) for (x, target), n in zip(batches, sizes, strict=True)]
 
-    def __exit__(self, *_: object) -> None:
-        self.frozen.thaw()
+    def _mean(self, numbers: list[float]) -> list[float]:
+        """Over the processes."""
+        device = mesh_device(self.params)
+        return mean_over(torch.tensor(numbers, dtype=torch.float64, device=device), self.groups).tolist()
+
+    # ---- what is moved, and put back ----
+
+    def explore(self, measure: Callable[[], Any]) -> Any:
+        """``measure()``; afterwards the model is as it was, also where an exception or an interrupt ends it."""
+        with torch.inference_mode(False):
+            try:
+                try:
+                    self._enter()
+                    return measure()
+                finally:
+                    self._leave()
+            finally:
+                self._leave()  # an interrupt may have ended the first
+
+    @torch.no_grad()
+    def _enter(self) -> None:
+        """Nothing is changed before it is noted how it was."""
+        params = list(self.model.parameters())
+        self.hooks = [(hooks, dict(hooks)) for p in params if (hooks := p._post_accumulate_grad_hooks)]
+        self.grads = {p: p.grad for p in params}
+        if self.replicas:  # a forward that waits for its backward would have ours written to its buckets
+            self.buckets = [(p.grad, p.grad.clone()) for p in params if p.grad is not None]
+        if self.widens:
+            self.halves = [(t, t.data) for t in (*params, *self.model.buffers()) if _is_half(t)]
+        for hooks, _ in self.hooks:
+            hooks.clear()  # which may take an optimizer's step
+        for p in params:
+            p.grad = None
+        for t, data in self.halves:
+            t.data = data.float()
+        held = {p.untyped_storage().data_ptr() for p in map(local, params)}
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if local(buffer).untyped_storage().data_ptr() not in held:
+                    self.buffers.append((module, name, buffer, local(buffer).clone()))
+
+    @torch.no_grad()
+    def _leave(self) -> None:
+        self._restore_weights()
+        self._restore_buffers()
+        for t, data in self.halves:
+            t.data = data
+        for leaf, grad in self.grads.items():
+            if leaf.grad is not grad:
+                leaf.grad = grad
+        for grad, value in self.buckets:
+            grad.copy_(value)
+        for hooks, kept in self.hooks:
+            hooks.update(kept)
+
+    def _restore_weights(self) -> None:
+        for p, w in zip(self.params, self.weights, strict=bool(self.weights)):
+            local(p).copy_(w)
+        torch.clear_autocast_cache()  # it would go on with the weights as they were when it cast them
+
+    def _restore_buffers(self) -> None:
+        for module, name, buffer, value in self.buffers:
+            if getattr(module, name) is not buffer:
+                setattr(module, name, buffer)
+            local(buffer).copy_(value)
+        for module in self.sharded:
+            module.reshard()
+
+    # ---- losses, gradients, directions ----
 
     def _losses(self) -> Iterator[Tensor]:
-        """Of each batch, weighted so that they add up to the mean over all examples."""
-        for x, target in self.batches:
-            yield self.loss_fn(self.model(x), target) * (len(target) / self.examples)
+        """Of each batch, weighted so that they add up to the mean over all examples; all from the same buffers."""
+        for x, target, weight in self.batches:
+            if self.widens:
+                x, target = tree_map_only(Tensor, lambda t: t.float() if _is_half(t) else t, (x, target))
+            loss = self.loss_fn(self.model(x), target)
+            if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
+                got = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+                raise ValueError(f"loss_fn: expected a real 0-dim tensor, the mean over the batch, got {got}")
+            yield loss * weight
+            with torch.no_grad():
+                self._restore_buffers()
 
     @torch.no_grad()
     def loss(self, direction: list[Tensor] | None = None, radius: float = 0.0) -> float:
         """At w + radius * direction."""
-        kept = [p.detach().clone() for p in self.params]
-        try:
-            for p, w, d in zip(self.params, kept, direction or [], strict=direction is not None):
-                p.copy_(_wide(w) + radius * d)
-            return sum(loss.double().item() for loss in self._losses())
-        finally:
-            for p, w in zip(self.params, kept, strict=True):
-                p.copy_(w)
-
-    def _scales(self) -> list[Tensor]:
-        return [_ascent_scale(_wide(p.detach()), self.options) for p in self.params]
+        if direction is not None:
+            self.weights = self.weights or [local(p).clone() for p in self.params]
+            for p, w, d in zip(self.params, self.weights, direction, strict=True):
+                local(p).copy_(w + radius * d)
+            torch.clear_autocast_cache()
+        total = sum(whole(loss).double().item() for loss in self._losses())
+        self._restore_weights()
+        return self._mean([total])[0]
 
     def ascent(self) -> tuple[float, list[Tensor]]:
         """||T g|| and the direction T^2 g / ||T g||."""
-        gradients = [torch.zeros_like(_wide(p.detach())) for p in self.params]
+        with torch.no_grad():
+            totals = [torch.zeros_like(local(p)) for p in self.params]
         with torch.enable_grad():
             for loss in self._losses():
-                of_batch = torch.autograd.grad(loss, self.params, allow_unused=True)
-                for total, g in zip(gradients, of_batch, strict=True):
-                    if g is not None:
-                        total += g
-        scales = self._scales()
-        norm = _norm([t * g for t, g in zip(scales, gradients, strict=True)])
-        return norm, [t * t * g / (norm + 1e-12) for t, g in zip(scales, gradients, strict=True)]
+                for leaf in _leaves(loss):
+                    if leaf not in self.grads:
+                        self.grads[leaf] = leaf.grad
+                        leaf.grad = None
+                loss.backward()  # autograd.grad sees nothing through FSDP2 and through reentrant checkpoints
+                self._collect(totals)
+        with torch.no_grad():
+            for p, total in zip(self.params, totals, strict=True):
+                if not is_dtensor(p):  # whose gradients are means already
+                    mean_over(total, self.groups)
+            scales = self._scales()
+            scaled = [t * g for t, g in zip(scales, totals, strict=True)]
+            norm = self._norm(scaled)
+            return norm, [t * (x / (norm + 1e-12)) for t, x in zip(scales, scaled, strict=True)]
 
+    @torch.no_grad()
+    def _collect(self, totals: list[Tensor]) -> None:
+        """Move the gradients into ``totals``."""
+        if self.sharded and all(p.grad is None for p in self.params):
+            raise RuntimeError(
+                "model: FSDP2 gave no parameter a gradient; call set_requires_gradient_sync(True) on it first"
+            )
+        for p, total in zip(self.params, totals, strict=True):
+            if p.grad is not None:
+                g = p.grad if p.grad.layout == torch.strided else p.grad.to_dense()
+                total += local_like(g, p)
+                p.grad = None
+
+    @torch.no_grad()
     def random_direction(self, generator: torch.Generator | None) -> list[Tensor]:
         """T u, u uniform on the unit sphere."""
-        scales = self._scales()
-        drawn = [torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=generator) for t in scales]
-        norm = _norm(drawn)
+        scales, drawn = self._scales(), []
+        for p, t in zip(self.params, scales, strict=True):
+            device = t.device if generator is None else generator.device
+            u = torch.randn(p.shape, dtype=t.dtype, device=device, generator=generator)
+            drawn.append(drawn_by_the_first(u.to(t.device), p, self.groups))
+        norm = self._norm(drawn)
         return [t * u / norm for t, u in zip(scales, drawn, strict=True)]
 
+    def _scales(self) -> list[Tensor]:
+        return [ascent_scale(local(p), self.options) for p in self.params]
 
-def _norm(tensors: list[Tensor]) -> float:
-    return math.sqrt(sum(t.double().square().sum().item() for t in tensors))
+    def _norm(self, tensors: list[Tensor]) -> float:
+        """Over the shards of all processes."""
+        squares: dict[Any, Tensor] = {}
+        for p, t in zip(self.params, tensors, strict=True):
+            square = t.double().square().sum().to(mesh_device([p]))
+            place = (placement(p), square.device)
+            squares[place] = squares[place] + square if place in squares else square
+        return math.sqrt(sum(sum_over_shards(square, place).item() for (place, _), square in squares.items()))
+
+
+def _is_half(t: Tensor) -> bool:
+    return t.is_floating_point() and t.element_size() == 2
+
+
+def _size(batch: Any, what: str) -> int:
+    """The number of examples of a batch."""
+    try:
+        _, target = batch
+    except (TypeError, ValueError):
+        raise ValueError(f"{what}: expected a pair (input, target), got {type(batch).__name__}") from None
+    if isinstance(target, (Mapping, tuple, str)):  # whose lengths are not numbers of examples
+        size = -1
+    else:
+        try:
+            size = len(target)
+        except TypeError:
+            size = -1
+    if size < 0:
+        raise ValueError(
+            f"{what}: expected a target whose len() is its number of examples, such as a tensor of one dimension or "
+            f"more, got {f'a tensor of {target.dim()}' if isinstance(target, Tensor) else type(target).__name__}"
+        )
+    if size == 0:
+        raise ValueError(f"{what}: expected at least one example, got an empty target")
+    return size
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The leaf tensors that a backward of ``loss`` gives a gradient to, but those inside reentrant checkpoints."""
+    seen, open_nodes = set(), [loss.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                yield node.variable
+            open_nodes += [after for after, _ in node.next_functions]
+
+
+def _check_parameters(named: list[tuple[str, Tensor]]) -> None:
+    stored: dict[Any, list[tuple[str, Tensor]]] = {}
+    for name, p in named:
+        what = f"model: parameter {name!r}"
+        if p.is_inference():
+            raise ValueError(f"{what} was made in inference mode and cannot have a gradient")
+        if p.is_complex():
+            raise ValueError(f"{what} is complex, which is not supported; hold torch.view_as_real of it")
+        check_distributed(p, what)
+        if is_dtensor(p) and _is_half(p):
+            raise ValueError(f"{what} is a DTensor of {p.dtype}; expected float32 or float64")
+        with torch.no_grad():
+            part = local(p)
+        if any(stride == 0 and n > 1 for n, stride in zip(part.shape, part.stride(), strict=True)):
+            raise ValueError(f"{what} is expanded: its elements share memory, and cannot be moved on their own")
+        if part.numel():
+            stored.setdefault(part.untyped_storage().data_ptr(), []).append((name, part))
+    for parts in stored.values():
+        for (name, a), (other, b) in itertools.combinations(parts, 2):
+            if _overlap(a, b):
+                raise ValueError(
+                    f"model: parameters {name!r} and {other!r} share memory; expected one parameter, which both "
+                    "modules may hold"
+                )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors on one storage have an element in common."""
+    first, second = (range(t.data_ptr(), t.data_ptr() + t.element_size() * _span(t)) for t in (a, b))
+    if first.stop <= second.start or second.stop <= first.start:
+        return False
+    return a.dtype != b.dtype or bool(torch.isin(*map(_places, (a, b))).any())
+
+
+def _span(t: Tensor) -> int:
+    return 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+
+
+def _places(t: Tensor) -> Tensor:
+    """Of the elements in their storage."""
+    return t.storage_offset() + torch.arange(_span(t)).as_strided(t.shape, t.stride()).flatten()

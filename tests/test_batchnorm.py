@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -131,3 +133,26 @@ def test_every_kind_of_batchnorm_stands_still():
     assert not any(m.track_running_stats for m in model[:5])
     opt.second_step()
     assert [m.track_running_stats for m in model[:5]] == [True, True, True, True, False]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", ["script", "trace"])
+@both
+def test_inside_torch_jit_they_cannot_stand_still(cls, how):
+    """Which is said where they would move, and only there."""
+
+    def step(layer: nn.Module, training: bool = True) -> None:
+        inner = layer.train(training)
+        inner = torch.jit.script(inner) if how == "script" else torch.jit.trace(inner, torch.randn(4, 3))
+        model = nn.Sequential(nn.Linear(3, 3), inner).train(training)
+        opt = cls(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+        model(torch.randn(4, 3, generator=generator(1))).square().mean().backward()
+        opt.first_step()
+        opt.second_step()
+
+    with pytest.warns(UserWarning, match="BatchNorm inside a torch.jit module cannot be frozen"):
+        step(nn.Sequential(nn.BatchNorm1d(3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        step(nn.Sequential(nn.BatchNorm1d(3)), training=False)
+        step(nn.Sequential(nn.LayerNorm(3)))

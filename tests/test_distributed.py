@@ -156,7 +156,7 @@ def static_graph() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     opt = FusedSAM(model.parameters(), torch.optim.SGD, model=model, **OPTIONS)
     x, y = shard(0, dist.get_rank())
-    with pytest.raises(RuntimeError, match="model: DistributedDataParallel with static_graph=True.*sync_perturbation"):
+    with pytest.raises(RuntimeError, match=r"model: DistributedDataParallel with static_graph=True.*sync_perturbation"):
         take_step(opt, model, x, y)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     opt = FusedSAM(model.parameters(), torch.optim.SGD, model=model, sync_perturbation=True, **OPTIONS)
@@ -243,7 +243,7 @@ def fsdp1(use_orig_params) -> None:
 
     model = FullyShardedDataParallel(network(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
     for cls in (FusedSAM, ReferenceSAM):
-        with pytest.raises(ValueError, match="FullyShardedDataParallel are not supported.*fully_shard"):
+        with pytest.raises(ValueError, match=r"FullyShardedDataParallel are not supported.*fully_shard"):
             cls(model.parameters(), torch.optim.SGD, **OPTIONS)
 
 
