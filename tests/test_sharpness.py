@@ -560,6 +560,7 @@ def test_an_interrupt_at_any_line_leaves_nothing_behind(kind, dtype):
                 measure_sharpness(model, LOSS, batches, RHO, kind, directions=2)
         finally:
             sys.settrace(tracing)
+            torch.set_grad_enabled(True)  # torch's own contexts do not survive every interrupt
 
     run()
     for at in range(1, lines + 1):
