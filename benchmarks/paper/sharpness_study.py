@@ -1,8 +1,8 @@
 """What the sharpness of table1.py's networks says: by the gradient, by the loss it rises to, and on average.
 
-    python benchmarks/table1.py --preset cpu --recipe fair --data DIR --keep-every 1 --out runs/cpu-fair
-    python benchmarks/sharpness_study.py --runs runs/cpu-fair --data DIR
-    python benchmarks/sharpness_study.py --runs results/cpu-fair --report-only
+    python -m benchmarks.paper.table1 --preset cpu --recipe fair --data DIR --keep-every 1 --out runs/cpu-fair
+    python -m benchmarks.paper.sharpness_study --runs runs/cpu-fair --data DIR
+    python -m benchmarks.paper.sharpness_study --runs results/cpu-fair --report-only
 
 The loss is the mean over a fixed part of a run's own training images, not augmented, in batches of the run's size, with
 BatchNorm in training mode: what training sees. The geometry (SAM or ASAM) and the rho of the curves over training are
@@ -25,12 +25,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from table1_report import NETWORKS, OPTIMIZERS, STYLE, Result, band, legend_above, log_scale, plt, read_results
-
 import train
 from sam_fused import loss_slice, measure_sharpness
 from sam_fused.sharpness import KINDS
+
+from .table1_report import NETWORKS, OPTIMIZERS, STYLE, Result, band, legend_above, log_scale, plt, read_results
 
 RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # ten times as much for ASAM
 AVERAGE_AT = 20  # times the recipe's rho

@@ -1,7 +1,7 @@
 """What SAM implementations do, asked of each: a Markdown table of FusedSAM beside its rivals.
 
-    python benchmarks/features.py
-    python benchmarks/features.py --davda54 sam.py    # the file of the davda54/sam repository, which is on no index
+    python -m benchmarks.speed.features
+    python -m benchmarks.speed.features --davda54 sam.py   # the file of the davda54/sam repository, which is on no index
 
 A probe uses a library as its own documentation does, looks at what came out, and answers "yes" or "no" and a few words;
 an exception is a no.
@@ -30,7 +30,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import sam_fused.optimizer
 import train
 from sam_fused import FusedSAM

@@ -1,6 +1,6 @@
 """How the cost of a SAM + Adam step grows: with the parameters (in 64 tensors), and with the tensors (of 100 elements).
 
-    python benchmarks/bench_scaling.py
+    python -m benchmarks.speed.scaling
 
 Writes scaling.json and scaling.png to --out.
 """
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from bench_step import environment, interleaved, parameters
-from rivals import RIVALS, two_calls
 from tqdm import tqdm
+
+from .rivals import RIVALS, two_calls
+from .step import environment, interleaved, parameters
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

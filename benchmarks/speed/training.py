@@ -1,7 +1,7 @@
 """Whole training steps, and the input pipeline, in images per second.
 
-    python benchmarks/bench_train.py
-    python benchmarks/bench_train.py --archs resnet18 --widths 64
+    python -m benchmarks.speed.training
+    python -m benchmarks.speed.training --archs resnet18 --widths 64
 
 Batches of 128 random images of CIFAR-10's size; the optimizers take turns on one network in one process. Writes
 train.json and train.md to --out.
@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_step import environment, interleaved
-from rivals import RIVALS
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
+
+from .rivals import RIVALS
+from .step import environment, interleaved
 
 BATCH = 128
 PASS = "forward + backward"

@@ -1,9 +1,9 @@
 """Table I and Figures 1 and 2 of the paper: SGD, SGD + SAM, Adam and Adam + SAM on two networks and three seeds.
 
-    python benchmarks/table1.py --preset paper --recipe paper-text --data DIR --device cuda --out runs/paper-text
-    python benchmarks/table1.py --preset cpu --recipe fair --data DIR --threads 1 --out runs/cpu-fair
-    python benchmarks/table1.py ... --dry-run                          # what is done, and how long the rest would take
-    python benchmarks/table1.py --report-only --out results/cpu-fair   # the table and figures of the runs in --out
+    python -m benchmarks.paper.table1 --preset paper --recipe paper-text --data DIR --device cuda --out runs/paper-text
+    python -m benchmarks.paper.table1 --preset cpu --recipe fair --data DIR --threads 1 --out runs/cpu-fair
+    python -m benchmarks.paper.table1 ... --dry-run                          # what is done, and how long the rest takes
+    python -m benchmarks.paper.table1 --report-only --out results/cpu-fair   # the table and figures of what --out holds
 
 Recipes paper-text and paper-code are train.py's. fair is paper-text with each base's learning rate, and then each rho,
 chosen for each network on a held-out part of the training set, from the grids that are printed with the table.
@@ -31,10 +31,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from table1_report import NETWORKS, read_metrics, read_settings, report
-
 import train
+
+from .table1_report import NETWORKS, read_metrics, read_settings, report
 
 # ---- what is run ----
 

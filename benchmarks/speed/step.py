@@ -1,7 +1,7 @@
 """The optimizer's part of a SAM step, first_step + second_step with gradients in place, beside the rivals.
 
-    python benchmarks/bench_step.py                                          # everything
-    python benchmarks/bench_step.py --lists resnet18 --bases adam --threads 2
+    python -m benchmarks.speed.step                                          # everything
+    python -m benchmarks.speed.step --lists resnet18 --bases adam --threads 2
 
 All rivals run in one process, one after the other in every round and in another order each time, so that what else the
 machine does meets them alike; a cell is the median over the rounds. Writes step.json, step.md and floor.png to --out.
@@ -13,22 +13,21 @@ import argparse
 import gc
 import json
 import random
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from floor import Bandwidth, streams
 from pytest_benchmark.stats import Stats
-from rivals import BASES, RIVALS, two_calls
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
 from sam_fused import FusedSAM
+
+from .floor import Bandwidth, streams
+from .rivals import BASES, RIVALS, two_calls
 
 # ---- parameter lists ----
 

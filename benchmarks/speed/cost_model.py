@@ -1,6 +1,6 @@
 """What a step should cost on a GPU: computed from bytes and launches, and not measured.
 
-    python benchmarks/cost_model.py
+    python -m benchmarks.speed.cost_model
 
 The time is bytes over the copy bandwidth of --gb-s, plus launches at --launch-us each, where the launches take longer.
 FusedSAM's bytes and launches follow from csrc/cuda.cu (launches_of). The rivals' are counted from their own code, run
@@ -12,22 +12,19 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytorch_optimizer
 import torch
-from floor import streams
-from rivals import BASES, RIVALS, two_calls
 from torch import nn
 from torch.optim import optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench_step import LISTS, of_model
+from .floor import streams
+from .rivals import BASES, RIVALS, two_calls
+from .step import LISTS, of_model
 
 # ---- the extension: csrc/cuda.cu ----
 
