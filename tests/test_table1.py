@@ -31,7 +31,8 @@ def trained(monkeypatch):
 
 
 def test_a_whole_sweep(trained, tmp_path, capsys):
-    flags = [*TINY.split(), "--seeds", "0", "1", "--out", str(tmp_path)]
+    # ResNet-18 in channels_last of width 2 or 4 corrupts the heap in torch 2.14.1's oneDNN on AVX2.
+    flags = [*TINY.split(), "--width", "8", "--seeds", "0", "1", "--out", str(tmp_path)]
     assert table1.main([*flags, "--epochs", "1"]) == 0
     assert len(trained) == 16
     assert "16 of 16 runs, 00:00 left" in capsys.readouterr().out
