@@ -1,7 +1,7 @@
 """What SAM implementations do, asked of each: a Markdown table of FusedSAM beside its rivals.
 
     python -m benchmarks.speed.features
-    python -m benchmarks.speed.features --davda54 sam.py   # the file of the davda54/sam repository, which is on no index
+    python -m benchmarks.speed.features --davda54 sam.py   # of the davda54/sam repository, which is on no index
 
 A probe uses a library as its own documentation does, looks at what came out, and answers "yes" or "no" and a few words;
 an exception is a no.
