@@ -50,7 +50,7 @@ def test_where_the_proposition_holds():
 
 def test_the_highest_epoch():
     metrics = [{"sharpness": x} for x in (2.0, 5.0, 3.0)]
-    result = study.Result("run", {"measure_rho": 0.05, "epochs": 3}, {}, metrics)
+    result = study.Result("run", {"settings": {"measure_rho": 0.05, "epochs": 3}}, metrics)
     assert study.peak(result) == (2, pytest.approx(2.5))
 
 
@@ -59,7 +59,7 @@ def test_at_equal_loss():
 
     def result(*losses_and_values):
         metrics = [{"train_loss": loss, "sharpness": value} for loss, value in losses_and_values]
-        return study.Result("run", {"measure_rho": 0.05, "epochs": len(metrics)}, {}, metrics)
+        return study.Result("run", {"settings": {"measure_rho": 0.05, "epochs": len(metrics)}}, metrics)
 
     fast, slow = result((2.0, 9.0), (1.2, 8.0), (0.3, 7.0)), result((2.0, 6.0), (1.25, 4.0), (1.5, 5.0))
     assert study.at_equal_loss(fast, slow) == (1.25, 0.5)
@@ -71,7 +71,7 @@ def test_the_batches_are_the_runs_own_images(tmp_path):
     flags = "--dataset digits --train-size 100 --batch-size 30 --seed 1"
     s = train.settle(train.parse(flags.split()))
     settings = {k: v for k, v in vars(s).items() if k not in train.FREE_ON_RESUME}
-    result = study.Result("run", settings, {}, [])
+    result = study.Result("run", {"settings": settings})
     batches = study.batches_of(result, argparse.Namespace(images=80, data=None))
     assert [x.shape for x, _ in batches] == [(30, 3, 32, 32)] * 2
     train_split, _ = train.load_data(s)

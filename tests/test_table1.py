@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.paper import table1, table1_report
+from benchmarks.paper import runs, table1, table1_report
 
 ROOT = Path(__file__).parents[1]
 TINY = "--dataset digits --train-size 60 --width 2 --epochs 2 --batch-size 30 --eval-size 50 --holdout 60 --threads 1"
@@ -64,6 +64,35 @@ def test_finished_runs_are_skipped_also_without_their_checkpoint(trained, tmp_pa
     capsys.readouterr()
     assert table1.main([*flags, "--width", "4"]) == 1
     assert "was run with width = 2, not 4" in capsys.readouterr().err
+
+
+def test_a_sweep_goes_on_from_runs_jsonl(trained, tmp_path, capsys):
+    """The runs that stand in it are skipped, the others trained; the tables are those of the folders."""
+    live, packed = tmp_path / "live", tmp_path / "packed"
+    flags = [*SMALL, "--recipe", "fair", "--seeds", "0"]
+    assert table1.main([*flags, "--max-runs", "7", "--out", str(live)]) == 0
+    (live / "grid" / "vgg16-adam-lr0.001" / "failed.txt").write_text("the training loss is nan\n")
+    assert runs.main([str(live), str(packed)]) == 0
+    assert [path.name for path in packed.iterdir()] == ["runs.jsonl"]
+    assert runs.read_runs(packed) == runs.read_runs(live)
+    del trained[:]
+    assert table1.main([*flags, "--out", str(packed)]) == 0
+    assert trained == ["vgg16-adam+sam-0"]
+    assert table1.main([*flags, "--out", str(live)]) == 0
+    tables = [(out / "table1.md").read_text() for out in (live, packed)]
+    assert tables[0] == tables[1]
+    assert runs.main([str(packed), str(packed)]) == 0  # what was trained comes to what was packed
+    assert len((packed / "runs.jsonl").read_text().splitlines()) == 8 + 8 * 2 + 1
+    capsys.readouterr()
+    assert table1.main([*flags, "--width", "4", "--out", str(packed)]) == 1
+    assert "was run with width = 2, not 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"epoch": 1}', '{"run": "vgg16-adam-1", "epoch": 1}'])
+def test_a_bad_line_of_runs_jsonl(line, tmp_path, capsys):
+    (tmp_path / "runs.jsonl").write_text('{"run": "vgg16-adam-0", "config": {}}\n' + line + "\n")
+    assert table1.main(["--report-only", "--out", str(tmp_path)]) == 1
+    assert "runs.jsonl, line 2: expected a JSON object with a run's name" in capsys.readouterr().err
 
 
 def test_a_cut_run_goes_on(trained, tmp_path, monkeypatch, capsys):

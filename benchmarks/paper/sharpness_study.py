@@ -18,6 +18,8 @@ import dataclasses
 import json
 import statistics
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,9 @@ import train
 from sam_fused import loss_slice, measure_sharpness
 from sam_fused.sharpness import KINDS
 
-from .table1_report import NETWORKS, OPTIMIZERS, STYLE, Result, band, legend_above, log_scale, plt, read_results
+from ..plots import band, figure, legend_above, log_scale, plt
+from ..tables import table
+from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, of_network, read_runs
 
 RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # ten times as much for ASAM
 AVERAGE_AT = 20  # times the recipe's rho
@@ -101,13 +105,6 @@ def study(args: argparse.Namespace, results: list[Result]) -> dict[str, list[dic
 TITLES = {"first_order": "first order", "realised": "realised", "average": "average"}
 
 
-def by_cell(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
-    cells = {(arch, optimizer): [] for arch in NETWORKS for optimizer in OPTIMIZERS}
-    for r in results:
-        cells[r.cell].append(r)
-    return {cell: runs for cell, runs in cells.items() if runs}
-
-
 def ratios(held: dict[str, Any], runs: list[Result]) -> dict[float, float]:
     """By rho: realised over first-order sharpness at the last epoch, mean over the seeds."""
     by_rho: dict[float, list[float]] = {}
@@ -129,7 +126,7 @@ def reach(by_rho: dict[float, float]) -> float | None:
 
 def peak(r: Result) -> tuple[int, float]:
     """The epoch of the highest recorded sharpness, and that over the first epoch's."""
-    values = r.sharpness("sharpness", 1.0)
+    values = r.sharpness(1.0)
     return 1 + values.index(max(values)), max(values) / values[0]
 
 
@@ -137,15 +134,14 @@ def at_equal_loss(one: Result, other: Result) -> tuple[float, float]:
     """The lowest training loss that both runs reach, and the other's recorded sharpness over the one's there."""
     reached = max(min(m["train_loss"] for m in r.metrics) for r in (one, other))
     first, second = (
-        next(x for x, m in zip(r.sharpness("sharpness", 1.0), r.metrics, strict=True) if m["train_loss"] <= reached)
+        next(x for x, m in zip(r.sharpness(1.0), r.metrics, strict=True) if m["train_loss"] <= reached)
         for r in (one, other)
     )
     return reached, second / first
 
 
-def equal_loss_lines(cells: dict[tuple[str, str], list[Result]]) -> list[str]:
-    """A line for each network and pair, over the seeds that both have."""
-    lines = []
+def equal_loss_rows(cells: dict[tuple[str, str], list[Result]]) -> Iterator[list[str]]:
+    """A row for each network and pair, over the seeds that both have."""
     for arch, network in NETWORKS.items():
         for one, other in PAIRS:
             runs = [{r.settings["seed"]: r for r in cells.get((arch, o), [])} for o in (one, other)]
@@ -153,131 +149,112 @@ def equal_loss_lines(cells: dict[tuple[str, str], list[Result]]) -> list[str]:
             if seeds:
                 found = [at_equal_loss(runs[0][seed], runs[1][seed]) for seed in seeds]
                 losses, values = (", ".join(f"{x[k]:.2f}" for x in found) for k in range(2))
-                lines.append(f"| {network} | {OPTIMIZERS[one]}, {OPTIMIZERS[other]} | {losses} | {values} |")
-    return lines
+                yield [network, f"{OPTIMIZERS[one]}, {OPTIMIZERS[other]}", losses, values]
 
 
 def markdown(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], rho: float, adaptive: bool) -> str:
-    def mean(values: Any) -> float:
-        return statistics.mean(values)
+    def rows(of_cell: Callable[[list[Result]], list[str]]) -> list[list[str]]:
+        return [[NETWORKS[arch], OPTIMIZERS[o], *of_cell(runs)] for (arch, o), runs in cells.items()]
 
-    kind = "ASAM" if adaptive else "SAM"
+    def last_epoch(runs: list[Result]) -> list[str]:
+        loss = statistics.mean(r.metrics[-1]["train_loss"] for r in runs)
+        recorded = statistics.mean(r.sharpness(rho)[-1] for r in runs)
+        measured = [statistics.mean(held[r.name][-1][kind] for r in runs) for kind in KINDS]
+        return [str(len(runs)), f"{loss:.3f}", *(f"{v:.4g}" for v in (recorded, *measured))]
+
+    def by_radius(runs: list[Result]) -> list[str]:
+        by_rho = ratios(held, runs)
+        up_to = reach(by_rho)
+        return [*(f"{by_rho[x]:.2f}" for x in rhos), f"less than {rhos[0]:g}" if up_to is None else f"{up_to:g}"]
+
+    def highest(runs: list[Result]) -> list[str]:
+        peaks = [peak(r) for r in runs]
+        ends = [r.sharpness(1.0)[-1] / r.sharpness(1.0)[0] for r in runs]
+        return [
+            ", ".join(str(epoch) for epoch, _ in peaks),
+            ", ".join(f"{x:.2f}" for _, x in peaks),
+            ", ".join(f"{x:.2f}" for x in ends),
+        ]
+
+    rhos = [row["rho"] for row in next(iter(held.values()))[-1]["by_rho"]]
     lines = [
-        f"# Sharpness, {kind} geometry",
+        f"# Sharpness, {'ASAM' if adaptive else 'SAM'} geometry",
         "",
         f"After the last epoch, at rho {rho:g}, the average at {AVERAGE_AT * rho:g}, means over the seeds. Recorded: "
         "what training measured, a batch at a time. The others: of the loss over many training images.",
         "",
-        "| | | n | train loss | recorded | first order | realised | average |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (arch, optimizer), runs in cells.items():
-        last = [held[r.name][-1] for r in runs]
-        values = [mean(r.sharpness("sharpness", rho)[-1] for r in runs)] + [mean(x[k] for x in last) for k in KINDS]
-        lines.append(
-            f"| {NETWORKS[arch]} | {OPTIMIZERS[optimizer]} | {len(runs)} | "
-            f"{mean(r.metrics[-1]['train_loss'] for r in runs):.3f} | " + " | ".join(f"{v:.4g}" for v in values) + " |"
-        )
-    rhos = [row["rho"] for row in next(iter(held.values()))[-1]["by_rho"]]
-    lines += [
+        *table(["", "", "n", "train loss", "recorded", *TITLES.values()], rows(last_epoch)),
         "",
         f"Realised over first-order sharpness by rho, and the largest rho up to which it stays within "
         f"{TOLERANCE:.0%} of 1:",
         "",
-        "| | | " + " | ".join(f"{x:g}" for x in rhos) + " | holds up to |",
-        "|---|---|" + "---|" * (len(rhos) + 1),
-    ]
-    for (arch, optimizer), runs in cells.items():
-        by_rho = ratios(held, runs)
-        numbers = " | ".join(f"{by_rho[x]:.2f}" for x in rhos)
-        up_to = reach(by_rho)
-        end = f"less than {rhos[0]:g}" if up_to is None else f"{up_to:g}"
-        lines.append(f"| {NETWORKS[arch]} | {OPTIMIZERS[optimizer]} | {numbers} | {end} |")
-    lines += [
+        *table(["", "", *(f"{x:g}" for x in rhos), "holds up to"], rows(by_radius)),
         "",
         "When the recorded sharpness is highest: the epoch, and how many times the first epoch's it is, by seed:",
         "",
-        "| | | epoch | over the first | last over the first |",
-        "|---|---|---|---|---|",
-    ]
-    for (arch, optimizer), runs in cells.items():
-        peaks = [peak(r) for r in runs]
-        ends = [r.sharpness("sharpness", 1.0)[-1] / r.sharpness("sharpness", 1.0)[0] for r in runs]
-        lines.append(
-            f"| {NETWORKS[arch]} | {OPTIMIZERS[optimizer]} | {', '.join(str(e) for e, _ in peaks)} | "
-            f"{', '.join(f'{x:.2f}' for _, x in peaks)} | {', '.join(f'{x:.2f}' for x in ends)} |"
-        )
-    lines += [
+        *table(["", "", "epoch", "over the first", "last over the first"], rows(highest)),
         "",
         "Recorded sharpness, the second's over the first's, when each came to the lowest training loss that both "
         "reach, by seed:",
         "",
-        "| | | training loss | ratio |",
-        "|---|---|---|---|",
+        *table(["", "", "training loss", "ratio"], equal_loss_rows(cells)),
     ]
-    lines += equal_loss_lines(cells)
     return "\n".join(lines) + "\n"
 
 
 def draw_training(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], rho: float, path: Path) -> None:
-    figure, panels = plt.subplots(2, 3, figsize=(12, 7), layout="constrained", sharex=True)
-    for row, (arch, network) in zip(panels, NETWORKS.items(), strict=True):
-        for axes, kind in zip(row, KINDS, strict=True):
-            for (_, optimizer), runs in ((cell, runs) for cell, runs in cells.items() if cell[0] == arch):
-                epochs = [x["epoch"] for x in held[runs[0].name]]
-                band(
-                    axes,
-                    [[x[kind] for x in held[r.name]] for r in runs],
-                    STYLE[optimizer],
-                    OPTIMIZERS[optimizer],
-                    epochs,
-                )
-            at = AVERAGE_AT * rho if kind == "average" else rho
-            axes.set(title=f"{network}, {TITLES[kind]}, rho = {at:g}")
+    with figure(path, len(NETWORKS), len(KINDS), size=(12, 7), dpi=100, sharex=True) as (drawn, panels):
+        for row, (arch, network) in zip(panels, NETWORKS.items(), strict=True):
+            for axes, kind in zip(row, KINDS, strict=True):
+                for optimizer, runs in of_network(cells, arch):
+                    epochs = [x["epoch"] for x in held[runs[0].name]]
+                    curves = [[x[kind] for x in held[r.name]] for r in runs]
+                    band(axes, curves, STYLE[optimizer], OPTIMIZERS[optimizer], epochs)
+                at = AVERAGE_AT * rho if kind == "average" else rho
+                axes.set(title=f"{network}, {TITLES[kind]}, rho = {at:g}")
+                log_scale(axes)
+                axes.grid(alpha=0.3)
+            row[0].set(ylabel="sharpness")
+        for axes in panels[-1]:
+            axes.set(xlabel="epoch")
+        legend_above(drawn)
+
+
+@contextmanager
+def network_panels(path: Path, xlabel: str, ylabel: str) -> Iterator[Iterator[tuple[plt.Axes, str]]]:
+    """A panel for each network, logarithmic, and the network's name in the settings."""
+    with figure(path, 1, len(NETWORKS), size=(11, 4.2), dpi=110, sharey=True) as (drawn, panels):
+        yield zip(panels, NETWORKS, strict=True)
+        for axes, network in zip(panels, NETWORKS.values(), strict=True):
+            axes.set(xlabel=xlabel, title=network)
             log_scale(axes)
             axes.grid(alpha=0.3)
-        row[0].set(ylabel="sharpness")
-    for axes in panels[-1]:
-        axes.set(xlabel="epoch")
-    legend_above(figure)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+        panels[0].set(ylabel=ylabel)
+        legend_above(drawn)
 
 
 def draw_rho(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], path: Path) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for axes, (arch, network) in zip(panels, NETWORKS.items(), strict=True):
-        axes.axhspan(1 - TOLERANCE, 1 + TOLERANCE, color="k", alpha=0.07, linewidth=0)
-        axes.axhline(1, color="k", linewidth=0.8)
-        for (_, optimizer), runs in ((cell, runs) for cell, runs in cells.items() if cell[0] == arch):
-            by_rho = ratios(held, runs)
-            axes.plot(by_rho.keys(), by_rho.values(), STYLE[optimizer], marker=".", label=OPTIMIZERS[optimizer])
-        axes.set(xlabel="rho", title=network, xscale="log")
-        log_scale(axes)
-        axes.grid(alpha=0.3)
-    panels[0].set(ylabel="realised / first-order sharpness, last epoch")
-    legend_above(figure)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with network_panels(path, "rho", "realised / first-order sharpness, last epoch") as panels:
+        for axes, arch in panels:
+            axes.axhspan(1 - TOLERANCE, 1 + TOLERANCE, color="k", alpha=0.07, linewidth=0)
+            axes.axhline(1, color="k", linewidth=0.8)
+            for optimizer, runs in of_network(cells, arch):
+                by_rho = ratios(held, runs)
+                axes.plot(by_rho.keys(), by_rho.values(), STYLE[optimizer], marker=".", label=OPTIMIZERS[optimizer])
+            axes.set(xscale="log")
 
 
 def draw_loss(cells: dict[tuple[str, str], list[Result]], rho: float, path: Path) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for axes, (arch, network) in zip(panels, NETWORKS.items(), strict=True):
-        for (_, optimizer), runs in ((cell, runs) for cell, runs in cells.items() if cell[0] == arch):
-            losses = [
-                statistics.mean(x) for x in zip(*([m["train_loss"] for m in r.metrics] for r in runs), strict=True)
-            ]
-            values = [statistics.mean(x) for x in zip(*(r.sharpness("sharpness", rho) for r in runs), strict=True)]
-            axes.plot(losses, values, STYLE[optimizer], marker=".", markersize=3, label=OPTIMIZERS[optimizer])
-        axes.set(xlabel="training loss (training goes to the right)", title=network)
-        log_scale(axes)
-        axes.invert_xaxis()
-        axes.grid(alpha=0.3)
-    panels[0].set(ylabel=f"recorded sharpness of a batch at rho = {rho:g}")
-    legend_above(figure)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    ylabel = f"recorded sharpness of a batch at rho = {rho:g}"
+    with network_panels(path, "training loss (training goes to the right)", ylabel) as panels:
+        for axes, arch in panels:
+            for optimizer, runs in of_network(cells, arch):
+                losses = [
+                    statistics.mean(x) for x in zip(*([m["train_loss"] for m in r.metrics] for r in runs), strict=True)
+                ]
+                values = [statistics.mean(x) for x in zip(*(r.sharpness(rho) for r in runs), strict=True)]
+                axes.plot(losses, values, STYLE[optimizer], marker=".", markersize=3, label=OPTIMIZERS[optimizer])
+            axes.invert_xaxis()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -291,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = p.parse_args(argv)
     try:
-        results = [r for r in read_results(args.runs) if r.finished]
+        results = [r for r in read_runs(args.runs) if r.finished and not r.in_grid]
         if not results:
             raise train.RunError(f"{args.runs} holds no finished runs of table1.py")
         rho, adaptive = recipe_of(results[0].settings)

@@ -8,10 +8,11 @@
 Recipes paper-text and paper-code are train.py's. fair is paper-text with each base's learning rate, and then each rho,
 chosen for each network on a held-out part of the training set, from the grids that are printed with the table.
 
-A run has its folder in --out: a finished one is skipped, also when only its config.json and metrics.jsonl are left, and
-one that was cut goes on; one that diverged leaves failed.txt and is skipped too, until that is removed. Processes that
-share --out share the sweep; several with --threads 1 get more out of a CPU than one with more threads, at small widths.
-Writes table1.md, table1.csv, figure1.png and figure2.png to --out.
+A run has its folder in --out: a finished one is skipped, also when only its config.json and metrics.jsonl are left, or
+its lines in a runs.jsonl there (benchmarks/paper/runs.py makes one); one that was cut goes on; one that diverged leaves
+failed.txt and is skipped too, until that is removed. Processes that share --out share the sweep; several with
+--threads 1 get more out of a CPU than one with more threads, at small widths. Writes table1.md, table1.csv, figure1.png
+and figure2.png to --out.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from tqdm import tqdm
 
 import train
 
-from .table1_report import NETWORKS, read_metrics, read_settings, report
+from .runs import GRID, NETWORKS, Result, read_folder, read_packed
+from .table1_report import report
 
 # ---- what is run ----
 
@@ -72,6 +74,7 @@ COST = {"resnet18": 1.8, "vgg16": 1.0}
 class Run:
     name: str
     settings: train.Settings
+    packed: Result | None  # what runs.jsonl has of it
 
     @property
     def folder(self) -> Path:
@@ -82,22 +85,24 @@ class Run:
         s = self.settings
         return COST[s.arch] * s.width * (2 if s.rho else 1) * (s.train_size or 50_000) * s.epochs
 
-    def epochs_done(self) -> int:
-        return len(read_metrics(self.folder))
+    def result(self) -> Result:
+        """What there is of it by now."""
+        return read_folder(self.folder, self.name) or self.packed or Result(self.name)
 
-    def failure(self) -> str | None:
-        path = self.folder / "failed.txt"
-        return path.read_text().strip() if path.exists() else None
+    def work_done(self) -> float:
+        """The part of its epochs that needs no doing any more."""
+        held = self.result()
+        return 1.0 if held.failed else len(held.metrics) / self.settings.epochs
 
     def finished(self) -> bool:
         """Whether nothing is left to do.
 
         Raises:
-            train.RunError: if the folder holds a finished run of other settings.
+            train.RunError: if there is a finished run of this name with other settings.
         """
-        if self.failure() is None and self.epochs_done() < self.settings.epochs:
+        if self.work_done() < 1:
             return False
-        held = read_settings(self.folder)
+        held = self.result().settings
         for name, value in dataclasses.asdict(self.settings).items():
             if name not in {"device", "threads"} and held.get(name, value) != value:
                 raise train.RunError(f"{self.folder} was run with {name} = {held[name]!r}, not {value!r}")
@@ -120,7 +125,7 @@ class Run:
             return not mine
 
 
-def make_run(args: argparse.Namespace, name: str, **flags: Any) -> Run:
+def make_run(args: argparse.Namespace, packed: dict[str, Result], name: str, **flags: Any) -> Run:
     shared = ("dataset", "data", "device", "threads", "amp", "compile", "keep_every", *PRESETS["paper"])
     flags = {**{k: getattr(args, k) for k in shared}, "holdout": None, **flags}
     if isinstance(flags["width"], dict):
@@ -131,17 +136,17 @@ def make_run(args: argparse.Namespace, name: str, **flags: Any) -> Run:
         for k, v in flags.items()
         if v is not None and v is not False
     ]
-    return Run(name, train.settle(train.parse([*words, f"--out={args.out / name}"])))
+    return Run(name, train.settle(train.parse([*words, f"--out={args.out / name}"])), packed.get(name))
 
 
 def best(runs: list[Run]) -> train.Settings:
     """The settings of the run with the highest accuracy in the last epoch, of those the one with the lowest loss."""
-    finished = [run for run in runs if run.failure() is None and run.finished()]
+    finished = [run for run in runs if run.finished() and run.result().failed is None]
     if not finished:
         raise train.RunError(f"no run of the grid came to an end: {', '.join(run.name for run in runs)}")
 
     def score(run: Run) -> tuple[float, float]:
-        last = read_metrics(run.folder)[-1]
+        last = run.result().metrics[-1]
         return last["test_acc"], -last["test_loss"]
 
     return max(finished, key=score).settings
@@ -155,13 +160,15 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
     pairs = [(arch, base) for arch in args.archs for base in args.bases]
     chosen: dict[tuple[str, str], dict[str, float]] = {pair: {} for pair in pairs}
     stages: list[list[Run]] = []
+    packed = read_packed(args.out)
     ready = args.recipe == "fair"
     for option, values in GRIDS.items() if ready else ():
         grid = {
             (arch, base): [
                 make_run(
                     args,
-                    f"grid/{arch}-{base}{'+sam' if option == 'rho' else ''}-{option}{value:g}",
+                    packed,
+                    f"{GRID}{arch}-{base}{'+sam' if option == 'rho' else ''}-{option}{value:g}",
                     arch=arch,
                     base=base,
                     seed=GRID_SEED,
@@ -180,6 +187,7 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
         [
             make_run(
                 args,
+                packed,
                 f"{arch}-{base}{'+sam' if sam else ''}-{seed}",
                 arch=arch,
                 base=base,
@@ -200,7 +208,7 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
 
 def work_done(runs: list[Run]) -> float:
     """Of the cost of ``runs``, what needs no doing any more."""
-    return sum(r.cost if r.failure() else r.cost * r.epochs_done() / r.settings.epochs for r in runs)
+    return sum(r.cost * r.work_done() for r in runs)
 
 
 def train_run(run: Run, bar: tqdm, runs: list[Run]) -> None:
@@ -234,9 +242,10 @@ def sweep(args: argparse.Namespace) -> None:
                     trained += 1
                     now = work_done(runs)
                     left = tqdm.format_interval((time.monotonic() - start) * (total - now) / (now - before))
-                    done = sum(r.epochs_done() >= r.settings.epochs or r.failure() is not None for r in runs)
-                    result = run.failure() or f"test accuracy {read_metrics(run.folder)[-1]['test_acc']:.2%}"
-                    bar.write(f"{run.name}: {result}; {done} of {len(runs)} runs, {left} left")
+                    done = sum(r.work_done() >= 1 for r in runs)
+                    result = run.result()
+                    outcome = result.failed or f"test accuracy {result.metrics[-1]['test_acc']:.2%}"
+                    bar.write(f"{run.name}: {outcome}; {done} of {len(runs)} runs, {left} left")
                     break
                 else:  # they are with other processes, and only a later stage needs them
                     if stage == stages[-1]:
@@ -276,16 +285,17 @@ def dry_run(args: argparse.Namespace) -> None:
     for i, stage in enumerate(stages):
         decided = i == 0 or all(run.finished() for run in stages[i - 1])
         for run in stage:
-            s, epochs = run.settings, run.epochs_done()
+            s, held = run.settings, run.result()
             key = (s.arch, s.rho > 0)
             if key not in measured:
                 measured[key] = seconds_of(s)
             step, test = measured[key]
             steps = math.ceil((s.train_size or 50_000) / s.batch_size)
             seconds = s.epochs * (steps * step + (s.eval_size or s.holdout or 10_000) * test)
-            rest = 1 - work_done([run]) / run.cost
+            rest = 1 - run.work_done()
             total, left = total + seconds, left + seconds * rest
-            state = "to do" if rest == 1 else f"{epochs} of {s.epochs} epochs" if rest else run.failure() or "done"
+            part = f"{len(held.metrics)} of {s.epochs} epochs"
+            state = "to do" if rest == 1 else part if rest else held.failed or "done"
             if (run.folder / "lock").exists() and run.held():
                 state += ", with a process"
             numbers = f"lr {s.lr:g}, rho {s.rho:g}" if decided else "to be chosen"
