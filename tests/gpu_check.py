@@ -47,7 +47,7 @@ def run(command: list[str], **environment: str) -> str:
 
 def parameters(device: torch.device, dtype: torch.dtype = torch.float32, quick: bool = False) -> list[nn.Parameter]:
     """ResNet-18's, or a few that have every kind of length."""
-    from benchmarks.speed.step import LISTS
+    from benchmarks.speed.workloads import LISTS
 
     shapes = [(5,), (8193,), (3, 0), (64, 33), (40000,), (1,)] if quick else LISTS["resnet18"]()
     g = torch.Generator().manual_seed(0)

@@ -22,9 +22,10 @@ from torch.optim import optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..tables import table
 from .floor import streams
 from .rivals import BASES, RIVALS, two_calls
-from .step import LISTS, of_model
+from .workloads import LISTS, of_model
 
 # ---- the extension: csrc/cuda.cu ----
 
@@ -139,7 +140,7 @@ def main() -> None:
     optimizer._get_fused_kernels_supported_devices = lambda: ["meta"]
     pytorch_optimizer.SAM.can_use_foreach = staticmethod(lambda *args, **kwargs: True)
     cls, options = BASES[args.base]
-    print("| network | optimizer | launches | GB moved | ms, computed |\n|---|---|---|---|---|")
+    rows = []
     for network in args.networks:
         shapes = NETWORKS[network]()
         numel = sum(s.numel() for s in shapes)
@@ -153,7 +154,8 @@ def main() -> None:
             costs[name] = (counted.launches, counted.bytes)
         for name, (launches, moved) in costs.items():
             ms = max(moved / args.gb_s / 1e6, launches * args.launch_us / 1e3)
-            print(f"| {label} | {name} | {launches} | {moved / 1e9:.3g} | {ms:.2f} |")
+            rows.append((label, name, launches, f"{moved / 1e9:.3g}", f"{ms:.2f}"))
+    print("\n".join(table(["network", "optimizer", "launches", "GB moved", "ms, computed"], rows)))
 
 
 if __name__ == "__main__":

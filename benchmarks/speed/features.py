@@ -34,6 +34,8 @@ import sam_fused.optimizer
 import train
 from sam_fused import FusedSAM
 
+from ..tables import table
+
 
 @dataclass(frozen=True)
 class Library:
@@ -511,14 +513,13 @@ def ask(probe: Callable[[Library], str], library: Library) -> str:
         return "no: " + textwrap.shorten(f"{type(error).__name__}: {error}", 60, placeholder=" ...").replace("|", "\\|")
 
 
-def table(found: list[Library]) -> str:
-    rows = [["", *(library.name for library in found)], ["---"] * (1 + len(found))]
-    rows += [[name, *(ask(probe, library) for library in found)] for name, probe in PROBES.items()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def answers(found: list[Library]) -> list[str]:
+    rows = [(name, *(ask(probe, library) for library in found)) for name, probe in PROBES.items()]
+    return table(["", *(library.name for library in found)], rows)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--davda54", type=Path, metavar="PATH", help="sam.py of davda54/sam")
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}\n\n{table(libraries(parser.parse_args().davda54))}")
+    print("\n".join([f"torch {torch.__version__}", "", *answers(libraries(parser.parse_args().davda54))]))

@@ -7,19 +7,16 @@ Writes scaling.json and scaling.png to --out.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
-import matplotlib
 import torch
 from tqdm import tqdm
 
+from ..plots import figure
 from .rivals import RIVALS, two_calls
-from .step import environment, interleaved, parameters
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from .timing import command_line, environment, interleaved
+from .workloads import parameters
 
 SERIES = ["pytorch_optimizer SAM, fused=True", "foreach + fused base", "FusedSAM"]
 AXES = {
@@ -37,26 +34,22 @@ def measure(tensors: int, numel: int, seconds: float) -> dict[str, float]:
 
 
 def plot(results: dict[str, list[dict]], path: Path) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    for axes, (name, rows) in zip(panels, results.items(), strict=True):
-        for series in SERIES:
-            points = [(r["size"], r["ms"][series]) for r in rows if series in r["ms"]]
-            axes.loglog(*zip(*points, strict=True), marker="o", label=series)
-        last = rows[-1]
-        line = [last["ms"]["FusedSAM"] * r["size"] / last["size"] for r in rows]
-        axes.loglog([r["size"] for r in rows], line, "k:", linewidth=0.8, label="linear, through FusedSAM's last")
-        axes.set(xlabel=name, title={"parameters": "in 64 tensors", "tensors": "of 100 elements"}[name])
-        axes.grid(alpha=0.3)
-    panels[0].set(ylabel="ms a step (first_step + second_step), SAM + Adam")
-    panels[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    with figure(path, 1, 2, size=(10, 4), dpi=120, sharey=True) as (_, panels):
+        for axes, (name, rows) in zip(panels, results.items(), strict=True):
+            for series in SERIES:
+                points = [(r["size"], r["ms"][series]) for r in rows if series in r["ms"]]
+                axes.loglog(*zip(*points, strict=True), marker="o", label=series)
+            last = rows[-1]
+            line = [last["ms"]["FusedSAM"] * r["size"] / last["size"] for r in rows]
+            axes.loglog([r["size"] for r in rows], line, "k:", linewidth=0.8, label="linear, through FusedSAM's last")
+            axes.set(xlabel=name, title={"parameters": "in 64 tensors", "tensors": "of 100 elements"}[name])
+            axes.grid(alpha=0.3)
+        panels[0].set(ylabel="ms a step (first_step + second_step), SAM + Adam")
+        panels[0].legend(fontsize=8)
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seconds", type=float, default=1, help="a size may take, once it has had 3 rounds")
-    p.add_argument("--out", type=Path, default=Path("runs/bench"))
-    args = p.parse_args()
+    args = command_line(__doc__, 1, "a size").parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict]] = {name: [] for name in AXES}
     for name, sizes in AXES.items():

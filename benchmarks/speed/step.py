@@ -10,86 +10,23 @@ machine does meets them alike; a cell is the median over the rounds. Writes step
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import random
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from pytest_benchmark.stats import Stats
-from torch import nn
 from tqdm import tqdm
 
-import train
 from sam_fused import FusedSAM
 
+from ..plots import figure, plt
+from ..tables import table
 from .floor import Bandwidth, streams
 from .rivals import BASES, RIVALS, two_calls
-
-# ---- parameter lists ----
-
-
-def of_model(build: Callable[[], nn.Module]) -> list[torch.Size]:
-    with torch.device("meta"):
-        return [p.shape for p in build().parameters()]
-
-
-def vit_s16() -> nn.Module:
-    from torchvision.models import VisionTransformer
-
-    return VisionTransformer(224, 16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
-
-
-LISTS: dict[str, Callable[[], list[torch.Size]]] = {
-    "resnet18": lambda: of_model(lambda: train.resnet18(64)),
-    "vgg16": lambda: of_model(lambda: train.vgg16(64)),
-    "vit_s16": lambda: of_model(vit_s16),
-    "1000x100": lambda: [torch.Size([100])] * 1000,
-    "24x4M": lambda: [torch.Size([1 << 22])] * 24,
-}
-
+from .timing import command_line, environment, environment_line, interleaved
+from .workloads import LISTS, parameters
 
 # ---- measuring ----
-
-
-def parameters(shapes: list[torch.Size]) -> list[nn.Parameter]:
-    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    return params
-
-
-def interleaved(
-    calls: dict[str, Callable[[], object]], seconds: float, rounds: tuple[int, int], warm_up: int = 2
-) -> dict[str, Stats]:
-    """Time each call once a round: at least and at most ``rounds`` rounds, and none begins after ``seconds``.
-
-    Every round has an order of its own: what a call leaves in the caches then meets all the others alike.
-    """
-    stats = {name: Stats() for name in calls}
-    order = list(calls.items())
-    shuffle = random.Random(0).shuffle
-    for call in calls.values():  # states, caches, cached lists
-        for _ in range(warm_up):
-            call()
-    start = time.perf_counter()
-    gc.collect()
-    gc.disable()  # or one rival's garbage is collected in the next one's time
-    try:
-        for done in range(rounds[1]):
-            if done >= rounds[0] and time.perf_counter() - start > seconds:
-                break
-            shuffle(order)
-            for name, call in order:
-                t = time.perf_counter()
-                call()
-                stats[name].update(time.perf_counter() - t)
-    finally:
-        gc.enable()
-    return stats
 
 
 def peak_extra(make: Callable[[], Callable[[], None]], state_bytes: int) -> int:
@@ -148,89 +85,80 @@ def run(name: str, base: str, adaptive: bool, threads: int, args: argparse.Names
 # ---- reporting ----
 
 
-def environment() -> dict[str, object]:
-    env = {**train.environment(), "pytorch_optimizer": version("pytorch_optimizer")}
-    return {k: v for k, v in env.items() if v is not None}
+def kind_of(r: dict) -> str:
+    return f"{'ASAM' if r['adaptive'] else 'SAM'} + {r['base']}"
+
+
+def step_row(r: dict, rivals: list[str]) -> list[str]:
+    ms = {n: x["median"] for n, x in r["ms"].items()}
+    ours = ms["FusedSAM"]
+    spread = f"{ours:.2f} ± {r['ms']['FusedSAM']['iqr'] / 2:.2f}"
+    theirs = [f"{ms[n]:.2f} ({ms[n] / ours:.1f}x)" if n in ms else "" for n in rivals]
+    floor = f"{ours / r['floor_ms']:.2f}" if "floor_ms" in r else ""
+    return [r["list"], kind_of(r), str(r["threads"]), str(r["rounds"]), spread, *theirs, floor]
+
+
+def plain_row(r: dict) -> list[str]:
+    theirs, ours = (r["ms"][f"no SAM: {n}"]["median"] for n in ("torch fused base", "FusedSAM.step()"))
+    return [r["list"], r["base"], str(r["threads"]), f"{theirs:.2f} ({theirs / ours:.1f}x)", f"{ours:.2f}"]
 
 
 def markdown(results: list[dict], env: dict[str, object]) -> str:
-    out = [", ".join(f"{k} {v}" for k, v in env.items()), ""]
-    names = ["pytorch_optimizer SAM", "pytorch_optimizer SAM, fused=True", "foreach + fused base", "ReferenceSAM"]
-    out += [
+    rivals = ["pytorch_optimizer SAM", "pytorch_optimizer SAM, fused=True", "foreach + fused base", "ReferenceSAM"]
+    out = [
+        environment_line(env),
+        "",
         "Milliseconds (median), and how many times FusedSAM's time that is.",
         "",
-        "| list | optimizer | threads | rounds | FusedSAM | " + " | ".join(names) + " | time / floor |",
-        "|" + "---|" * (6 + len(names)),
-    ]
-    for r in results:
-        ours = r["ms"]["FusedSAM"]["median"]
-        cells = [
-            f"{r['ms'][n]['median']:.2f} ({r['ms'][n]['median'] / ours:.1f}x)" if n in r["ms"] else "" for n in names
-        ]
-        floor = f"{ours / r['floor_ms']:.2f}" if "floor_ms" in r else ""
-        kind = f"{'ASAM' if r['adaptive'] else 'SAM'} + {r['base']}"
-        spread = f"{ours:.2f} ± {r['ms']['FusedSAM']['iqr'] / 2:.2f}"
-        row = [r["list"], kind, str(r["threads"]), str(r["rounds"]), spread, *cells, floor]
-        out.append("| " + " | ".join(row) + " |")
-    out += [
+        *table(
+            ["list", "optimizer", "threads", "rounds", "FusedSAM", *rivals, "time / floor"],
+            [step_row(r, rivals) for r in results],
+        ),
         "",
         "Without SAM:",
         "",
-        "| list | base | threads | torch, fused=True | FusedSAM.step() |",
-        "|---|---|---|---|---|",
+        *table(
+            ["list", "base", "threads", "torch, fused=True", "FusedSAM.step()"],
+            [plain_row(r) for r in results if not r["adaptive"]],
+        ),
     ]
-    for r in results:
-        if r["adaptive"]:
-            continue
-        theirs, ours = (r["ms"][f"no SAM: {n}"]["median"] for n in ("torch fused base", "FusedSAM.step()"))
-        out.append(f"| {r['list']} | {r['base']} | {r['threads']} | {theirs:.2f} ({theirs / ours:.1f}x) | {ours:.2f} |")
-    if any("peak_extra" in r for r in results):
+    extra = [(r["list"], r["peak_extra"]) for r in results if "peak_extra" in r]
+    if extra:
         out += ["", "Peak extra memory of a step, over the parameters' size:", ""]
-        out += ["| list | " + " | ".join(RIVALS) + " |", "|" + "---|" * (1 + len(RIVALS))]
-        for r in results:
-            if "peak_extra" in r:
-                cells = [f"{r['peak_extra'][n]:.3f}" if n in r["peak_extra"] else "" for n in RIVALS]
-                out.append(f"| {r['list']} | " + " | ".join(cells) + " |")
+        out += table(["list", *RIVALS], [[n, *(f"{x[k]:.3f}" if k in x else "" for k in RIVALS)] for n, x in extra])
     return "\n".join(out) + "\n"
 
 
 def plot_floor(results: list[dict], path: Path) -> None:
     """Time over floor, a bar for each list, optimizer and thread count."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     bars = [r for r in results if "floor_ms" in r]
     if not bars:
         return
-    names = [f"{'ASAM' if r['adaptive'] else 'SAM'} + {r['base']}, {r['threads']} thr." for r in bars]
+    names = [f"{kind_of(r)}, {r['threads']} thr." for r in bars]
     kinds, lists = list(dict.fromkeys(names)), list(dict.fromkeys(r["list"] for r in bars))
-    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
-    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
-    for k, kind in enumerate(kinds):
-        of_kind = [(r, lists.index(r["list"])) for r, name in zip(bars, names, strict=True) if name == kind]
-        x = [i + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for _, i in of_kind]
-        axes.bar(x, [r["ms"]["FusedSAM"]["median"] / r["floor_ms"] for r, _ in of_kind], 0.8 / len(kinds), label=kind)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(
-        ylabel="time / floor", title="FusedSAM: first_step + second_step over the least time for its memory traffic"
-    )
-    axes.set_xticks(range(len(lists)), lists)
-    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    figure.savefig(path, dpi=120)
+    with figure(path, 1, 1, size=(10, 4.5), dpi=120) as (_, axes):
+        axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+        width = 0.8 / len(kinds)
+        for k, kind in enumerate(kinds):
+            of_kind = [r for r, name in zip(bars, names, strict=True) if name == kind]
+            x = [lists.index(r["list"]) + (k - (len(kinds) - 1) / 2) * width for r in of_kind]
+            axes.bar(x, [r["ms"]["FusedSAM"]["median"] / r["floor_ms"] for r in of_kind], width, label=kind)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(
+            ylabel="time / floor", title="FusedSAM: first_step + second_step over the least time for its memory traffic"
+        )
+        axes.set_xticks(range(len(lists)), lists)
+        axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = command_line(__doc__, 1, "a configuration")
     p.add_argument("--lists", nargs="+", choices=list(LISTS), default=list(LISTS))
     p.add_argument("--bases", nargs="+", choices=list(BASES), default=list(BASES))
     p.add_argument("--kinds", nargs="+", choices=["sam", "asam"], default=["sam", "asam"])
     p.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}))
     p.add_argument("--rounds", type=int, default=100, help="at most")
-    p.add_argument("--seconds", type=float, default=1, help="a configuration may take, once it has had 3 rounds")
     p.add_argument("--no-memory", dest="memory", action="store_false")
-    p.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     plan = [

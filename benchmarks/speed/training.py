@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,9 @@ from tqdm import tqdm
 
 import train
 
+from ..tables import table
 from .rivals import RIVALS
-from .step import environment, interleaved
+from .timing import command_line, environment, environment_line, interleaved
 
 BATCH = 128
 PASS = "forward + backward"
@@ -125,36 +125,35 @@ def network(arch: str, width: int, args: argparse.Namespace) -> dict:
 
 
 def markdown(networks: list[dict], inputs: dict, env: dict[str, object]) -> str:
-    out = [", ".join(f"{k} {v}" for k, v in env.items()), ""]
+    out = [environment_line(env), ""]
     for r in networks:
         base = r["seconds"][PASS]
         out += [
             f"{r['arch']}, width {r['width']} ({r['parameters'] / 1e6:.2f} M parameters), batch {BATCH}, "
             f"n = {r['rounds']}:",
             "",
-            "| step | images/s | over one forward + backward |",
-            "|---|---|---|",
-            *(f"| {n} | {BATCH / s:.0f} | {s / base:.3f} |" for n, s in r["seconds"].items()),
+            *table(
+                ["step", "images/s", "over one forward + backward"],
+                [(n, f"{BATCH / s:.0f}", f"{s / base:.3f}") for n, s in r["seconds"].items()],
+            ),
             "",
         ]
-    if inputs:
-        ours = inputs["images_per_second"]["train.py"]
-        out += [
-            f"Input pipeline alone, n = {inputs['rounds']}:",
-            "",
-            "| | images/s | train.py is faster by |",
-            "|---|---|---|",
-        ]
-        out += [f"| {n} | {v:.0f} | {ours / v:.1f}x |" for n, v in inputs["images_per_second"].items()]
+    speed = inputs["images_per_second"]
+    out += [
+        f"Input pipeline alone, n = {inputs['rounds']}:",
+        "",
+        *table(
+            ["", "images/s", "train.py is faster by"],
+            [(n, f"{v:.0f}", f"{speed['train.py'] / v:.1f}x") for n, v in speed.items()],
+        ),
+    ]
     return "\n".join(out) + "\n"
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = command_line(__doc__, 8, "a network")
     p.add_argument("--archs", nargs="+", choices=list(train.ARCHS), default=list(train.ARCHS))
     p.add_argument("--widths", nargs="+", type=int, default=[16, 64])
-    p.add_argument("--seconds", type=float, default=8, help="a network may take, once it has had 3 rounds")
-    p.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     networks, env = [], environment()
