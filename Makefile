@@ -20,13 +20,13 @@ test: build
 
 # Some ten minutes on two cores; leave the machine alone meanwhile.
 bench: build
-	$(BIN)/python benchmarks/bench_step.py --out $(RESULTS)
-	$(BIN)/python benchmarks/bench_train.py --out $(RESULTS)
-	$(BIN)/python benchmarks/bench_scaling.py --out $(RESULTS)
+	$(BIN)/python -m benchmarks.speed.step --out $(RESULTS)
+	$(BIN)/python -m benchmarks.speed.training --out $(RESULTS)
+	$(BIN)/python -m benchmarks.speed.scaling --out $(RESULTS)
 
 # On a machine with a GPU.
 gpu-check: build
-	$(BIN)/python tests/gpu_check.py
+	$(BIN)/python -m tests.gpu_check
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """What to run first on a machine with a GPU: builds for it, and checks and measures what only a GPU can show.
 
-    make gpu-check                           # or python tests/gpu_check.py
-    python tests/gpu_check.py --device cpu   # a dry run: what needs a GPU is skipped
+    make gpu-check                           # or python -m tests.gpu_check
+    python -m tests.gpu_check --device cpu   # a dry run: what needs a GPU is skipped
 
 Prints one table, and ends with 1 if a check failed. A timing is a number in it, never a failure.
 """
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import pytest  # noqa: E402
@@ -48,7 +47,7 @@ def run(command: list[str], **environment: str) -> str:
 
 def parameters(device: torch.device, dtype: torch.dtype = torch.float32, quick: bool = False) -> list[nn.Parameter]:
     """ResNet-18's, or a few that have every kind of length."""
-    from bench_step import LISTS
+    from benchmarks.speed.workloads import LISTS
 
     shapes = [(5,), (8193,), (3, 0), (64, 33), (40000,), (1,)] if quick else LISTS["resnet18"]()
     g = torch.Generator().manual_seed(0)
@@ -153,8 +152,7 @@ def no_synchronisation(device: torch.device, quick: bool) -> str:
 
 def launches(device: torch.device, quick: bool) -> str:
     need_gpu(device)
-    from cost_model import launches_of
-
+    from benchmarks.speed.cost_model import launches_of
     from sam_fused import FusedSAM
 
     params = parameters(device)
@@ -218,7 +216,7 @@ def bandwidth(device: torch.device, quick: bool) -> str:
 
 
 def rivals(device: torch.device, quick: bool) -> str:
-    from rivals import BASES, RIVALS, two_calls
+    from benchmarks.speed.rivals import BASES, RIVALS, two_calls
 
     base, options = BASES["adam"]
     out = []
@@ -235,7 +233,7 @@ def sanitizer(tool: str) -> Callable[[torch.device, bool], str]:
         if shutil.which("compute-sanitizer") is None:
             raise Skip("compute-sanitizer is not on PATH")
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=sam"]
-        me = [sys.executable, __file__, "--device", device.type, "--quick", "--only", "same_bits"]
+        me = [sys.executable, "-m", "tests.gpu_check", "--device", device.type, "--quick", "--only", "same_bits"]
         out = run([*command, *me], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         summary = re.findall(r"=+ (.*SUMMARY.*)", out)
         return summary[-1] if summary else "clean"

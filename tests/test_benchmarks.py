@@ -7,19 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+import torch
+
+from benchmarks.speed import rivals
+from tests.cases import assert_near, set_grads
+
+ROOT = Path(__file__).parents[1]
 
 
-def run(script: str, out: Path, *flags: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / script), "--out", str(out), "--seconds", "0", *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
+def run(script: str, *flags: str) -> str:
+    command = [sys.executable, "-m", f"benchmarks.speed.{script}", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_bench_step(tmp_path):
+def test_step(tmp_path):
     flags = ["--lists", "resnet18", "--bases", "adam", "--kinds", "sam", "asam", "--threads", "2"]
-    printed = run("bench_step.py", tmp_path, *flags)
+    printed = run("step", "--out", str(tmp_path), "--seconds", "0", *flags)
     results = json.loads((tmp_path / "step.json").read_text())["results"]
     assert [(r["base"], r["adaptive"]) for r in results] == [("adam", False), ("adam", True)]
     for r in results:
@@ -34,8 +39,8 @@ def test_bench_step(tmp_path):
     assert (tmp_path / "floor.png").stat().st_size > 1000
 
 
-def test_bench_train(tmp_path):
-    printed = run("bench_train.py", tmp_path, "--archs", "vgg16", "--widths", "2")
+def test_training(tmp_path):
+    printed = run("training", "--out", str(tmp_path), "--seconds", "0", "--archs", "vgg16", "--widths", "2")
     network = json.loads((tmp_path / "train.json").read_text())["networks"][0]
     assert "FusedSAM, --ascent-fraction 0.25" in network["seconds"]
     assert "torchvision transforms, DataLoader" in printed
@@ -43,9 +48,8 @@ def test_bench_train(tmp_path):
 
 def test_features():
     """What the table says of FusedSAM; the probes of the others are asked of pytorch_optimizer's SAM alone."""
-    done = subprocess.run([sys.executable, str(BENCHMARKS / "features.py")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    header, _, *rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    printed = run("features")
+    header, _, *rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
     assert header[0] == "FusedSAM"
     assert header[1].startswith("pytorch_optimizer")
     answers = {row[0]: row[1] for row in rows}
@@ -55,15 +59,8 @@ def test_features():
     assert any(row[2].startswith("no") for row in rows)
 
 
-def test_the_rivals_compute_the_same(monkeypatch):
+def test_the_rivals_compute_the_same():
     """A rival that did less would be no rival: one step of each from the same weights and gradients."""
-    import torch
-
-    from tests.cases import assert_near, set_grads
-
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import rivals
-
     for base, options in rivals.BASES.values():
         for adaptive in (False, True):
             ends = {}

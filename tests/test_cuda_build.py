@@ -82,7 +82,7 @@ def test_nonsense():
 
 
 def test_gpu_check_dry_run():
-    command = [sys.executable, "tests/gpu_check.py", "--device", "cpu", "--quick"]
+    command = [sys.executable, "-m", "tests.gpu_check", "--device", "cpu", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = dict(re.findall(r"^\| (\w+) \| (\w+) \|", done.stdout, re.MULTILINE))
@@ -92,7 +92,7 @@ def test_gpu_check_dry_run():
 
 
 def test_cost_model():
-    command = [sys.executable, "benchmarks/cost_model.py", "--networks", "ResNet-18"]
+    command = [sys.executable, "-m", "benchmarks.speed.cost_model", "--networks", "ResNet-18"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = dict(re.findall(r"^\| ResNet-18[^|]* \| ([^|]*) \| (.*) \|$", done.stdout, re.MULTILINE))

@@ -1,0 +1,155 @@
+"""The runs of a sweep: a folder each while they train, or all in one file, runs.jsonl.
+
+    python -m benchmarks.paper.runs runs/cpu-fair results/cpu-fair   # writes results/cpu-fair/runs.jsonl
+
+runs.jsonl has a line for a run's config.json, {"run": name, "config": {...}}; then one for each line of its
+metrics.jsonl, {"run": name, "epoch": 1, ...}; and for failed.txt {"run": name, "failed": "..."}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import train
+
+OPTIMIZERS = {"sgd": "SGD", "sgd+sam": "SGD + SAM", "adam": "Adam", "adam+sam": "Adam + SAM"}
+NETWORKS = {"resnet18": "ResNet18", "vgg16": "VGG16"}
+STYLE = {"sgd": "C0--", "sgd+sam": "C0-", "adam": "C1--", "adam+sam": "C1-"}  # of an optimizer's curves
+GRID = "grid/"  # the names of runs that something is chosen by begin with it
+
+
+@dataclass
+class Result:
+    """What a run has left: its config, its metrics by epoch and, if it diverged, why it ended."""
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    failed: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.config["settings"]
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return self.config["environment"]
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        return self.settings["arch"], self.settings["base"] + ("+sam" if self.settings["rho"] else "")
+
+    @property
+    def in_grid(self) -> bool:
+        return self.name.startswith(GRID)
+
+    @property
+    def finished(self) -> bool:
+        return len(self.metrics) == self.settings["epochs"]
+
+    def sharpness(self, rho: float) -> list[float]:
+        """As recorded, by epoch, at ``rho``: to first order it is proportional to it."""
+        scale = rho / self.settings["measure_rho"]
+        return [float("nan") if m["sharpness"] is None else m["sharpness"] * scale for m in self.metrics]
+
+
+def by_cell(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
+    """The runs of each network and optimizer that has any, in the order of the tables."""
+    cells = {(arch, optimizer): [] for arch in NETWORKS for optimizer in OPTIMIZERS}
+    for r in results:
+        if r.cell in cells:
+            cells[r.cell].append(r)
+    return {cell: runs for cell, runs in cells.items() if runs}
+
+
+def of_network(cells: dict[tuple[str, str], list[Result]], arch: str) -> Iterator[tuple[str, list[Result]]]:
+    """The optimizers and their runs."""
+    return ((optimizer, runs) for (at, optimizer), runs in cells.items() if at == arch)
+
+
+def read_folder(folder: Path, name: str) -> Result | None:
+    """The run ``name`` from its folder; None if there is none, or it has not begun."""
+    config, metrics, failed = (folder / file for file in ("config.json", "metrics.jsonl", "failed.txt"))
+    if not config.exists():
+        return None
+    return Result(
+        name,
+        json.loads(config.read_text()),
+        [json.loads(x) for x in metrics.read_text().splitlines()] if metrics.exists() else [],
+        failed.read_text().strip() if failed.exists() else None,
+    )
+
+
+def read_packed(out: Path) -> dict[str, Result]:
+    """The runs of ``out``/runs.jsonl by name; none if there is no such file.
+
+    Raises:
+        train.RunError: if a line of it is not as expected.
+    """
+    path = out / "runs.jsonl"
+    found: dict[str, Result] = {}
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
+        try:
+            row = json.loads(line)
+            name = row.pop("run")
+            if "config" in row:
+                found[name] = Result(name, row["config"])
+            elif "failed" in row:
+                found[name].failed = row["failed"]
+            else:
+                found[name].metrics.append(row)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise train.RunError(
+                f"{path}, line {number}: expected a JSON object with a run's name and its config, or an epoch of a run "
+                f"whose config stands before it, got {line[:80]}"
+            ) from error
+    return found
+
+
+def read_runs(out: Path) -> list[Result]:
+    """All runs of ``out``, by name: those of its runs.jsonl, and those with a folder, which is the newer of the two."""
+    found = read_packed(out)
+    for config in (*out.glob("*/config.json"), *out.glob(f"{GRID}*/config.json")):
+        name = config.parent.relative_to(out).as_posix()
+        found[name] = read_folder(config.parent, name)
+    return [found[name] for name in sorted(found)]
+
+
+def pack(out: Path, to: Path) -> Path:
+    """Write all runs of ``out`` to ``to``/runs.jsonl, and return its path.
+
+    Raises:
+        train.RunError: if there are none.
+    """
+    lines = []
+    for r in read_runs(out):
+        ending = [] if r.failed is None else [{"failed": r.failed}]
+        lines += [json.dumps({"run": r.name, **row}) + "\n" for row in ({"config": r.config}, *r.metrics, *ending)]
+    if not lines:
+        raise train.RunError(f"{out} holds no runs")
+    to.mkdir(parents=True, exist_ok=True)
+    train.save(to / "runs.jsonl", "".join(lines))
+    return to / "runs.jsonl"
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", type=Path, help="the folder of a sweep")
+    p.add_argument("to", type=Path, help="the folder that gets runs.jsonl")
+    args = p.parse_args(argv)
+    try:
+        print(pack(args.out, args.to))
+    except (train.RunError, OSError, ValueError) as error:
+        print(f"runs.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""What the sharpness of table1.py's networks says: by the gradient, by the loss it rises to, and on average.
+
+    python -m benchmarks.paper.table1 --preset cpu --recipe fair --data DIR --keep-every 1 --out runs/cpu-fair
+    python -m benchmarks.paper.sharpness_study --runs runs/cpu-fair --data DIR
+    python -m benchmarks.paper.sharpness_study --runs results/cpu-fair --report-only
+
+The loss is the mean over a fixed part of a run's own training images, not augmented, in batches of the run's size, with
+BatchNorm in training mode: what training sees. The geometry (SAM or ASAM) and the rho of the curves over training are
+the recipe's; the average, which grows with its square and is close to float32's rounding there, is taken at 20 times
+that. Writes sharpness.json, sharpness.md and three figures to --runs: sharpness_training.png,
+sharpness_rho.png (at the last epoch), sharpness_loss.png (what training recorded, against the training loss).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import train
+from sam_fused import loss_slice, measure_sharpness
+from sam_fused.sharpness import KINDS
+
+from ..plots import band, figure, legend_above, log_scale, plt
+from ..tables import table
+from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, of_network, read_runs
+
+RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # ten times as much for ASAM
+AVERAGE_AT = 20  # times the recipe's rho
+PAIRS = (("sgd", "adam"), ("sgd", "sgd+sam"), ("adam", "adam+sam"))  # that are compared at equal training loss
+TOLERANCE = 0.2  # Proposition 1 holds while the realised rise is within this of the first-order one
+
+
+def recipe_of(settings: dict[str, Any]) -> tuple[float, bool]:
+    recipe = train.RECIPES[settings["recipe"]]
+    return recipe["rho"], recipe["adaptive"]
+
+
+# ---- measuring ----
+
+
+def batches_of(r: Result, args: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """``--images`` of the run's training images, in batches of its size; all batches are full."""
+    s = dataclasses.replace(train.settle(train.parse([])), **{**r.settings, "data": args.data, "device": "cpu"})
+    split, _ = train.load_data(s)
+    normalize = train.Normalize(split.images)
+    n = min(args.images, len(split.labels)) // s.batch_size * s.batch_size
+    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(0))[:n]
+    return [(normalize(split.images[i]), split.labels[i]) for i in order.split(s.batch_size)]
+
+
+def measure(r: Result, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each epoch that is measured; the last one's has the values by rho."""
+    s = r.settings
+    rho, adaptive = recipe_of(s)
+    batches = batches_of(r, args)
+    model = train.ARCHS[s["arch"]](s["width"]).to(memory_format=torch.channels_last).train()
+    common = {"model": model, "batches": batches, "adaptive": adaptive}
+    common["loss_fn"] = lambda logits, y: F.cross_entropy(logits, y, label_smoothing=s["label_smoothing"])
+
+    rows = []
+    for epoch in [e for e in range(1, s["epochs"] + 1) if e == 1 or e % args.every == 0 or e == s["epochs"]]:
+        path = args.runs / r.name / f"weights-{epoch:04}.pt"
+        if not path.exists():
+            raise train.RunError(f"{path} is not there: train with table1.py --keep-every 1")
+        model.load_state_dict(torch.load(path, weights_only=True))
+        row = {kind: measure_sharpness(**common, rho=rho, kind=kind).value for kind in KINDS[:2]}
+        generator = torch.Generator().manual_seed(0)
+        row["average"], row["standard_error"] = measure_sharpness(
+            **common, rho=AVERAGE_AT * rho, kind="average", directions=args.directions, generator=generator
+        )
+        rows.append({"epoch": epoch, **row})
+    radii = [10 * x if adaptive else x for x in RHOS]
+    start, *losses = loss_slice(**common, radii=[0.0, *radii])
+    slope = rows[-1]["first_order"] / rho
+    rows[-1]["by_rho"] = [
+        {"rho": at, "first_order": slope * at, "realised": loss - start} for at, loss in zip(radii, losses, strict=True)
+    ]
+    return rows
+
+
+def study(args: argparse.Namespace, results: list[Result]) -> dict[str, list[dict[str, Any]]]:
+    """By the run's name. What sharpness.json has already is not measured again."""
+    path = args.runs / "sharpness.json"
+    held = json.loads(path.read_text()) if path.exists() else {}
+    for r in tqdm([r for r in results if r.name not in held], desc="sharpness", disable=None):
+        torch.set_num_threads(args.threads)
+        held[r.name] = measure(r, args)
+        train.save(path, json.dumps(held, indent=1))
+    return held
+
+
+# ---- reporting ----
+
+TITLES = {"first_order": "first order", "realised": "realised", "average": "average"}
+
+
+def ratios(held: dict[str, Any], runs: list[Result]) -> dict[float, float]:
+    """By rho: realised over first-order sharpness at the last epoch, mean over the seeds."""
+    by_rho: dict[float, list[float]] = {}
+    for r in runs:
+        for row in held[r.name][-1]["by_rho"]:
+            by_rho.setdefault(row["rho"], []).append(row["realised"] / row["first_order"])
+    return {rho: statistics.mean(values) for rho, values in by_rho.items()}
+
+
+def reach(by_rho: dict[float, float]) -> float | None:
+    """The largest rho up to which the ratio stays within TOLERANCE of 1."""
+    last = None
+    for rho, ratio in sorted(by_rho.items()):
+        if abs(ratio - 1) > TOLERANCE:
+            break
+        last = rho
+    return last
+
+
+def peak(r: Result) -> tuple[int, float]:
+    """The epoch of the highest recorded sharpness, and that over the first epoch's."""
+    values = r.sharpness(1.0)
+    return 1 + values.index(max(values)), max(values) / values[0]
+
+
+def at_equal_loss(one: Result, other: Result) -> tuple[float, float]:
+    """The lowest training loss that both runs reach, and the other's recorded sharpness over the one's there."""
+    reached = max(min(m["train_loss"] for m in r.metrics) for r in (one, other))
+    first, second = (
+        next(x for x, m in zip(r.sharpness(1.0), r.metrics, strict=True) if m["train_loss"] <= reached)
+        for r in (one, other)
+    )
+    return reached, second / first
+
+
+def equal_loss_rows(cells: dict[tuple[str, str], list[Result]]) -> Iterator[list[str]]:
+    """A row for each network and pair, over the seeds that both have."""
+    for arch, network in NETWORKS.items():
+        for one, other in PAIRS:
+            runs = [{r.settings["seed"]: r for r in cells.get((arch, o), [])} for o in (one, other)]
+            seeds = sorted(runs[0].keys() & runs[1].keys())
+            if seeds:
+                found = [at_equal_loss(runs[0][seed], runs[1][seed]) for seed in seeds]
+                losses, values = (", ".join(f"{x[k]:.2f}" for x in found) for k in range(2))
+                yield [network, f"{OPTIMIZERS[one]}, {OPTIMIZERS[other]}", losses, values]
+
+
+def markdown(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], rho: float, adaptive: bool) -> str:
+    def rows(of_cell: Callable[[list[Result]], list[str]]) -> list[list[str]]:
+        return [[NETWORKS[arch], OPTIMIZERS[o], *of_cell(runs)] for (arch, o), runs in cells.items()]
+
+    def last_epoch(runs: list[Result]) -> list[str]:
+        loss = statistics.mean(r.metrics[-1]["train_loss"] for r in runs)
+        recorded = statistics.mean(r.sharpness(rho)[-1] for r in runs)
+        measured = [statistics.mean(held[r.name][-1][kind] for r in runs) for kind in KINDS]
+        return [str(len(runs)), f"{loss:.3f}", *(f"{v:.4g}" for v in (recorded, *measured))]
+
+    def by_radius(runs: list[Result]) -> list[str]:
+        by_rho = ratios(held, runs)
+        up_to = reach(by_rho)
+        return [*(f"{by_rho[x]:.2f}" for x in rhos), f"less than {rhos[0]:g}" if up_to is None else f"{up_to:g}"]
+
+    def highest(runs: list[Result]) -> list[str]:
+        peaks = [peak(r) for r in runs]
+        ends = [r.sharpness(1.0)[-1] / r.sharpness(1.0)[0] for r in runs]
+        return [
+            ", ".join(str(epoch) for epoch, _ in peaks),
+            ", ".join(f"{x:.2f}" for _, x in peaks),
+            ", ".join(f"{x:.2f}" for x in ends),
+        ]
+
+    rhos = [row["rho"] for row in next(iter(held.values()))[-1]["by_rho"]]
+    lines = [
+        f"# Sharpness, {'ASAM' if adaptive else 'SAM'} geometry",
+        "",
+        f"After the last epoch, at rho {rho:g}, the average at {AVERAGE_AT * rho:g}, means over the seeds. Recorded: "
+        "what training measured, a batch at a time. The others: of the loss over many training images.",
+        "",
+        *table(["", "", "n", "train loss", "recorded", *TITLES.values()], rows(last_epoch)),
+        "",
+        f"Realised over first-order sharpness by rho, and the largest rho up to which it stays within "
+        f"{TOLERANCE:.0%} of 1:",
+        "",
+        *table(["", "", *(f"{x:g}" for x in rhos), "holds up to"], rows(by_radius)),
+        "",
+        "When the recorded sharpness is highest: the epoch, and how many times the first epoch's it is, by seed:",
+        "",
+        *table(["", "", "epoch", "over the first", "last over the first"], rows(highest)),
+        "",
+        "Recorded sharpness, the second's over the first's, when each came to the lowest training loss that both "
+        "reach, by seed:",
+        "",
+        *table(["", "", "training loss", "ratio"], equal_loss_rows(cells)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw_training(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], rho: float, path: Path) -> None:
+    with figure(path, len(NETWORKS), len(KINDS), size=(12, 7), dpi=100, sharex=True) as (drawn, panels):
+        for row, (arch, network) in zip(panels, NETWORKS.items(), strict=True):
+            for axes, kind in zip(row, KINDS, strict=True):
+                for optimizer, runs in of_network(cells, arch):
+                    epochs = [x["epoch"] for x in held[runs[0].name]]
+                    curves = [[x[kind] for x in held[r.name]] for r in runs]
+                    band(axes, curves, STYLE[optimizer], OPTIMIZERS[optimizer], epochs)
+                at = AVERAGE_AT * rho if kind == "average" else rho
+                axes.set(title=f"{network}, {TITLES[kind]}, rho = {at:g}")
+                log_scale(axes)
+                axes.grid(alpha=0.3)
+            row[0].set(ylabel="sharpness")
+        for axes in panels[-1]:
+            axes.set(xlabel="epoch")
+        legend_above(drawn)
+
+
+@contextmanager
+def network_panels(path: Path, xlabel: str, ylabel: str) -> Iterator[Iterator[tuple[plt.Axes, str]]]:
+    """A panel for each network, logarithmic, and the network's name in the settings."""
+    with figure(path, 1, len(NETWORKS), size=(11, 4.2), dpi=110, sharey=True) as (drawn, panels):
+        yield zip(panels, NETWORKS, strict=True)
+        for axes, network in zip(panels, NETWORKS.values(), strict=True):
+            axes.set(xlabel=xlabel, title=network)
+            log_scale(axes)
+            axes.grid(alpha=0.3)
+        panels[0].set(ylabel=ylabel)
+        legend_above(drawn)
+
+
+def draw_rho(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], path: Path) -> None:
+    with network_panels(path, "rho", "realised / first-order sharpness, last epoch") as panels:
+        for axes, arch in panels:
+            axes.axhspan(1 - TOLERANCE, 1 + TOLERANCE, color="k", alpha=0.07, linewidth=0)
+            axes.axhline(1, color="k", linewidth=0.8)
+            for optimizer, runs in of_network(cells, arch):
+                by_rho = ratios(held, runs)
+                axes.plot(by_rho.keys(), by_rho.values(), STYLE[optimizer], marker=".", label=OPTIMIZERS[optimizer])
+            axes.set(xscale="log")
+
+
+def draw_loss(cells: dict[tuple[str, str], list[Result]], rho: float, path: Path) -> None:
+    ylabel = f"recorded sharpness of a batch at rho = {rho:g}"
+    with network_panels(path, "training loss (training goes to the right)", ylabel) as panels:
+        for axes, arch in panels:
+            for optimizer, runs in of_network(cells, arch):
+                losses = [
+                    statistics.mean(x) for x in zip(*([m["train_loss"] for m in r.metrics] for r in runs), strict=True)
+                ]
+                values = [statistics.mean(x) for x in zip(*(r.sharpness(rho) for r in runs), strict=True)]
+                axes.plot(losses, values, STYLE[optimizer], marker=".", markersize=3, label=OPTIMIZERS[optimizer])
+            axes.invert_xaxis()
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--runs", type=Path, required=True, metavar="DIR", help="where table1.py left its runs")
+    p.add_argument("--data", metavar="DIR", help="as in train.py")
+    p.add_argument("--report-only", action="store_true", help="make the tables and figures of sharpness.json")
+    p.add_argument("--images", type=int, default=512, metavar="N", help="that the loss is over")
+    p.add_argument("--every", type=int, default=6, metavar="K", help="measure the first, every K-th and the last epoch")
+    p.add_argument("--directions", type=int, default=5, metavar="M", help="of the average")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = p.parse_args(argv)
+    try:
+        results = [r for r in read_runs(args.runs) if r.finished and not r.in_grid]
+        if not results:
+            raise train.RunError(f"{args.runs} holds no finished runs of table1.py")
+        rho, adaptive = recipe_of(results[0].settings)
+        path = args.runs / "sharpness.json"
+        held = json.loads(path.read_text()) if args.report_only else study(args, results)
+    except (train.DataError, train.RunError, OSError, ValueError) as error:
+        print(f"sharpness_study.py: {error}", file=sys.stderr)
+        return 1
+    cells = by_cell([r for r in results if r.name in held])
+    text = markdown(held, cells, rho, adaptive)
+    train.save(args.runs / "sharpness.md", text)
+    draw_training(held, cells, rho, args.runs / "sharpness_training.png")
+    draw_rho(held, cells, args.runs / "sharpness_rho.png")
+    draw_loss(cells, rho, args.runs / "sharpness_loss.png")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

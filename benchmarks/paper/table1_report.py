@@ -1,0 +1,234 @@
+"""The table and the figures of table1.py, of whatever runs a folder holds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+import train
+
+from ..plots import band, figure, legend_above, log_scale
+from ..tables import table
+from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, of_network, read_runs
+
+#: Test accuracy in %, mean and standard deviation over three seeds: Table I of the paper.
+PAPER = {
+    ("resnet18", "sgd"): (90.899, 0.137),
+    ("resnet18", "sgd+sam"): (91.873, 0.102),
+    ("resnet18", "adam"): (92.716, 0.247),
+    ("resnet18", "adam+sam"): (94.896, 0.160),
+    ("vgg16", "sgd"): (90.089, 0.070),
+    ("vgg16", "sgd+sam"): (90.453, 0.066),
+    ("vgg16", "adam"): (92.173, 0.310),
+    ("vgg16", "adam+sam"): (94.126, 0.112),
+}
+
+
+# ---- the numbers ----
+
+
+@dataclass
+class Cell:
+    """Test accuracy in % of one network and optimizer."""
+
+    arch: str
+    optimizer: str
+    by_seed: dict[int, float]
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.mean(self.by_seed.values()) if self.by_seed else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Of the sample, n - 1."""
+        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
+
+
+def cells_of(results: list[Result]) -> dict[tuple[str, str], Cell]:
+    cells = {(arch, optimizer): Cell(arch, optimizer, {}) for arch in NETWORKS for optimizer in OPTIMIZERS}
+    for r in results:
+        if r.finished and r.cell in cells:
+            cells[r.cell].by_seed[r.settings["seed"]] = 100 * r.metrics[-1]["test_acc"]
+    return cells
+
+
+def paired(base: Cell, sam: Cell) -> tuple[int, float | None, tuple[float, float] | None]:
+    """n, mean and 95 % t interval of SAM - base over the seeds that both have."""
+    differences = [sam.by_seed[seed] - base.by_seed[seed] for seed in base.by_seed.keys() & sam.by_seed.keys()]
+    n = len(differences)
+    if n < 2:
+        return n, (differences[0] if n else None), None
+    mean = statistics.mean(differences)
+    half = student.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
+    return n, mean, (mean - half, mean + half)
+
+
+# ---- the table ----
+
+
+def plus_minus(mean: float | None, deviation: float | None, digits: int) -> str:
+    if mean is None:
+        return "-"
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def grid_rows(grid: list[Result], option: str) -> list[tuple[str, str, str, str]]:
+    """A row for each network and base: the values of the grid, and the accuracy on the held-out images."""
+    rows = []
+    for (arch, optimizer), runs in by_cell(r for r in grid if (option == "rho") == (r.settings["rho"] > 0)).items():
+        scores = [
+            f"{r.settings[option]:g}: " + (f"{r.metrics[-1]['test_acc']:.2%}" if r.finished else "diverged")
+            for r in sorted(runs, key=lambda r: r.settings[option])
+        ]
+        rows.append((NETWORKS[arch], OPTIMIZERS[optimizer], option, ", ".join(scores)))
+    return rows
+
+
+def header(results: list[Result], recipe: str) -> list[str]:
+    def values(name: str, source: str = "settings") -> str:
+        return ", ".join(sorted({f"{getattr(r, source)[name]}" for r in results}))
+
+    s = results[0].settings
+    widths = {r.settings["arch"]: f"{r.settings['width']} ({NETWORKS[r.settings['arch']]})" for r in results}
+    size = "all" if s["train_size"] is None else f"{s['train_size']:,}"
+    tested = ", all but the last epoch tested on a fixed subset" if s["eval_size"] else ""
+    return [
+        f"# Table I, recipe {recipe}",
+        "",
+        f"{s['dataset']}, {size} training images, width {', '.join(widths.values())}, {values('epochs')} epochs, batch "
+        f"{values('batch_size')}{tested}; torch {values('torch', 'environment')}, "
+        f"{values('gpu', 'environment') if s['device'] != 'cpu' else values('cpu', 'environment')}.",
+        "",
+        "Test accuracy after the last epoch in %, mean ± sample standard deviation over the seeds:",
+        "",
+    ]
+
+
+def accuracy_rows(cells: dict[tuple[str, str], Cell]) -> Iterator[list[str]]:
+    for optimizer, name in OPTIMIZERS.items():
+        row = [name]
+        for arch in NETWORKS:
+            cell = cells[arch, optimizer]
+            paper, here = plus_minus(*PAPER[arch, optimizer], 3), plus_minus(cell.mean, cell.deviation, 2)
+            row += [paper, here, str(len(cell.by_seed))]
+        yield row
+
+
+def difference_rows(cells: dict[tuple[str, str], Cell]) -> Iterator[list[str]]:
+    for arch, network in NETWORKS.items():
+        for base in ("sgd", "adam"):
+            claimed = PAPER[arch, f"{base}+sam"][0] - PAPER[arch, base][0]
+            n, mean, interval = paired(cells[arch, base], cells[arch, f"{base}+sam"])
+            here = "-" if mean is None else f"{mean:+.2f}"
+            between = "-" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
+            yield [network, OPTIMIZERS[base], f"{claimed:+.3f}", here, between, str(n)]
+
+
+def last_epoch_rows(results: list[Result], common_rho: float) -> Iterator[list[str]]:
+    for (arch, optimizer), runs in by_cell(r for r in results if r.finished).items():
+        s = runs[0].settings
+        loss, accuracy, test_loss = (
+            statistics.mean(r.metrics[-1][key] for r in runs) for key in ("train_loss", "train_acc", "test_loss")
+        )
+        sharpness = statistics.mean(r.sharpness(common_rho)[-1] for r in runs)
+        rho = f"{s['rho']:g}" + (" (ASAM)" if s["adaptive"] else "") if s["rho"] else "-"
+        numbers = [f"{s['lr']:g}", rho, f"{loss:.3f}", f"{accuracy:.1%}", f"{test_loss:.3f}", f"{sharpness:.4f}"]
+        yield [NETWORKS[arch], OPTIMIZERS[optimizer], *numbers]
+
+
+def markdown(results: list[Result], grid: list[Result], recipe: str, common_rho: float) -> str:
+    cells = cells_of(results)
+    by_network = [name for n in NETWORKS.values() for name in (f"{n}, paper", f"{n}, here", "n")]
+    last_epoch = ["lr", "rho", "train loss", "train accuracy", "test loss", f"sharpness at rho = {common_rho:g}"]
+    lines = [
+        *header(results, recipe),
+        *table(["", *by_network], accuracy_rows(cells)),
+        "",
+        "What SAM adds, in percentage points, with the 95 % t interval of the differences paired by seed:",
+        "",
+        *table(["", "", "paper", "here", "interval", "n"], difference_rows(cells)),
+        "",
+        "The last epoch, means over the seeds; sharpness is the mean of the epoch's batches:",
+        "",
+        *table(["", "", *last_epoch], last_epoch_rows(results, common_rho)),
+    ]
+    if chosen := [*grid_rows(grid, "lr"), *grid_rows(grid, "rho")]:
+        lines += ["", "Accuracy on the held-out training images by which lr and rho were chosen:", ""]
+        lines += table([""] * 4, chosen)
+    for r in results:
+        if not r.finished:
+            lines += ["", f"Not in the table: {r.name}, {len(r.metrics)} of {r.settings['epochs']} epochs."]
+    return "\n".join(lines) + "\n"
+
+
+def comma_separated(results: list[Result]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    differences = ["paper_sam_minus_base", "sam_minus_base", "interval_low", "interval_high"]
+    writer.writerow(["network", "optimizer", "paper_mean", "paper_std", "mean", "std", "n", *differences])
+    cells = cells_of(results)
+    for (arch, optimizer), cell in cells.items():
+        difference: list[Any] = [None] * 4
+        if optimizer.endswith("+sam"):
+            base = optimizer.removesuffix("+sam")
+            _, mean, interval = paired(cells[arch, base], cell)
+            claimed = PAPER[arch, optimizer][0] - PAPER[arch, base][0]
+            difference = [round(claimed, 3), mean, *(interval or (None, None))]
+        writer.writerow(
+            [arch, optimizer, *PAPER[arch, optimizer], cell.mean, cell.deviation, len(cell.by_seed), *difference]
+        )
+    return text.getvalue()
+
+
+# ---- the figures ----
+
+
+def draw(results: list[Result], path: Path, key: str, ylabel: str, rho: float) -> None:
+    cells = by_cell(r for r in results if r.metrics)
+    with figure(path, 1, len(NETWORKS), size=(11, 4.2), dpi=110) as (drawn, panels):
+        for axes, (arch, network) in zip(panels, NETWORKS.items(), strict=True):
+            for optimizer, runs in of_network(cells, arch):
+                if key == "sharpness":
+                    curves = [r.sharpness(rho) for r in runs]
+                else:
+                    curves = [[100 * m[key] for m in r.metrics] for r in runs]
+                if key == "test_acc" and runs[0].settings["eval_size"]:  # the last epoch is of other images: a point
+                    lasts = [c[-1] for c, r in zip(curves, runs, strict=True) if r.finished]
+                    curves = [c[:-1] if r.finished else c for c, r in zip(curves, runs, strict=True)]
+                    if lasts:
+                        spread = statistics.stdev(lasts) if len(lasts) > 1 else 0
+                        color = STYLE[optimizer][:2]
+                        face = color if optimizer.endswith("+sam") else "white"
+                        point = {"fmt": "o", "color": color, "mfc": face, "capsize": 3}
+                        axes.errorbar(runs[0].settings["epochs"], statistics.mean(lasts), spread, **point)
+                if any(curves):
+                    band(axes, curves, STYLE[optimizer], OPTIMIZERS[optimizer])
+            axes.set(xlabel="epoch", ylabel=ylabel, title=network)
+            if key == "sharpness":
+                log_scale(axes)
+            axes.grid(alpha=0.3)
+        legend_above(drawn)
+
+
+def report(out: Path) -> str:
+    """Write table1.md, table1.csv, figure1.png and figure2.png to ``out``; returns the table."""
+    runs = read_runs(out)
+    results, grid = [r for r in runs if not r.in_grid], [r for r in runs if r.in_grid]
+    if not results:
+        raise train.RunError(f"{out} holds no runs")
+    recipe = "fair" if grid else results[0].settings["recipe"]
+    rho = train.RECIPES[results[0].settings["recipe"]]["rho"]
+    text = markdown(results, grid, recipe, rho)
+    train.save(out / "table1.md", text)
+    train.save(out / "table1.csv", comma_separated(results))
+    draw(results, out / "figure1.png", "test_acc", "test accuracy, %", rho)
+    draw(results, out / "figure2.png", "sharpness", f"sharpness of a batch at rho = {rho:g}", rho)
+    return text

@@ -1,0 +1,175 @@
+"""Whole training steps, and the input pipeline, in images per second.
+
+    python -m benchmarks.speed.training
+    python -m benchmarks.speed.training --archs resnet18 --widths 64
+
+Batches of 128 random images of CIFAR-10's size; the optimizers take turns on one network in one process. Writes
+train.json and train.md to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import train
+
+from ..tables import table
+from .rivals import RIVALS
+from .timing import command_line, environment, environment_line, interleaved
+
+BATCH = 128
+PASS = "forward + backward"
+
+
+def variants(arch: str, width: int) -> dict[str, Callable[[], object]]:
+    """One training step of each optimizer, on the same network and batch; sam_every 2 does two steps."""
+    flags = ["--arch", arch, "--width", str(width), "--base", "adam"]
+    model, _, _ = train.build(train.settle(train.parse(flags)))
+    model.train()
+    x = torch.randn(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    y = torch.randint(0, 10, (BATCH,))
+    params = list(model.parameters())
+
+    def forward_backward() -> None:
+        for p in params:
+            p.grad = None
+        F.cross_entropy(model(x), y).backward()
+
+    def plain(**options) -> Callable[[], object]:
+        opt = torch.optim.Adam(params, lr=1e-6, **options)
+        return lambda: (forward_backward(), opt.step())
+
+    def rival(name: str) -> Callable[[], object]:
+        opt = RIVALS[name](params, torch.optim.Adam, False, lr=1e-6)
+        return lambda: (forward_backward(), opt.first_step(), forward_backward(), opt.second_step())
+
+    def ours(*more: str, steps: int = 1) -> Callable[[], object]:
+        s = train.settle(train.parse([*flags, "--lr", "1e-6", *more]))
+        off = torch.amp.GradScaler("cpu", enabled=False)
+        opt = train.FusedSAM(params, lr=s.lr, rho=s.measure_rho, model=model, scaler=off)
+        return lambda: [train.train_step(s, opt, x, y, i) for i in range(steps)]
+
+    return {
+        PASS: forward_backward,
+        "Adam": plain(),
+        "Adam, fused=True": plain(fused=True),
+        **{n: rival(n) for n in RIVALS if n not in ("ReferenceSAM", "FusedSAM")},
+        "FusedSAM": ours(),
+        "FusedSAM, --ascent-fraction 0.25": ours("--ascent-fraction", "0.25"),
+        "FusedSAM, --sam-every 2": ours("--sam-every", "2", steps=2),
+    }
+
+
+def pipelines(n: int = 5120) -> dict[str, Callable[[], object]]:
+    """One epoch of augmented, normalized batches over n images: train.py's, and the paper's code's."""
+    from PIL import Image
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import transforms
+
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (n,))
+    normalize = train.Normalize(images)
+    generator = torch.Generator().manual_seed(0)
+    per_sample = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
+        ]
+    )
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+
+    class PerSample(Dataset):
+        """As torchvision.datasets.CIFAR10: an array in memory, an image at a time."""
+
+        def __len__(self) -> int:
+            return n
+
+        def __getitem__(self, i: int) -> tuple[Tensor, int]:
+            return per_sample(Image.fromarray(pixels[i])), labels[i]
+
+    def loader(workers: int) -> Callable[[], object]:
+        data = DataLoader(PerSample(), BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+        return lambda: [x for x, _ in data]
+
+    return {
+        "train.py": lambda: [
+            normalize(x) for x, _ in train.batches(train.Split(images, labels), BATCH, generator, flip=True)
+        ],
+        "torchvision transforms, DataLoader": loader(0),
+        "torchvision transforms, DataLoader, 2 workers": loader(2),
+    }
+
+
+def network(arch: str, width: int, args: argparse.Namespace) -> dict:
+    calls = variants(arch, width)
+    calls[PASS]()  # oneDNN's plans; an optimizer's first step weighs little beside the passes
+    stats = interleaved(calls, args.seconds, (3, 30), warm_up=0)
+    step = {n: s.median / (2 if "sam-every" in n else 1) for n, s in stats.items()}
+    return {
+        "arch": arch,
+        "width": width,
+        "parameters": sum(p.numel() for p in train.ARCHS[arch](width).parameters()),
+        "rounds": stats[PASS].rounds,
+        "seconds": step,
+        "iqr": {n: s.iqr for n, s in stats.items()},
+    }
+
+
+def markdown(networks: list[dict], inputs: dict, env: dict[str, object]) -> str:
+    out = [environment_line(env), ""]
+    for r in networks:
+        base = r["seconds"][PASS]
+        out += [
+            f"{r['arch']}, width {r['width']} ({r['parameters'] / 1e6:.2f} M parameters), batch {BATCH}, "
+            f"n = {r['rounds']}:",
+            "",
+            *table(
+                ["step", "images/s", "over one forward + backward"],
+                [(n, f"{BATCH / s:.0f}", f"{s / base:.3f}") for n, s in r["seconds"].items()],
+            ),
+            "",
+        ]
+    speed = inputs["images_per_second"]
+    out += [
+        f"Input pipeline alone, n = {inputs['rounds']}:",
+        "",
+        *table(
+            ["", "images/s", "train.py is faster by"],
+            [(n, f"{v:.0f}", f"{speed['train.py'] / v:.1f}x") for n, v in speed.items()],
+        ),
+    ]
+    return "\n".join(out) + "\n"
+
+
+def main() -> None:
+    p = command_line(__doc__, 8, "a network")
+    p.add_argument("--archs", nargs="+", choices=list(train.ARCHS), default=list(train.ARCHS))
+    p.add_argument("--widths", nargs="+", type=int, default=[16, 64])
+    args = p.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    networks, env = [], environment()
+    stats = interleaved(pipelines(), 6, (3, 20))
+    inputs = {
+        "rounds": stats["train.py"].rounds,
+        "images_per_second": {n: 5120 / s.median for n, s in stats.items()},
+    }
+    for width in args.widths:
+        for arch in tqdm(args.archs, desc=f"width {width}", disable=None):
+            networks.append(network(arch, width, args))
+            result = {"environment": env, "networks": networks, "input": inputs}
+            (args.out / "train.json").write_text(json.dumps(result, indent=1))
+            (args.out / "train.md").write_text(markdown(networks, inputs, env))
+    print((args.out / "train.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
