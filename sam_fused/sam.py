@@ -182,6 +182,7 @@ class SAM(Optimizer):
             if self.scaler is not None:
                 amp.report_overflow(self.scaler, self, overflow)
         self._arithmetic.update(grad_scale, found_inf)
+        _forget_casts()
         self._statistics.thaw()
         self.base_optimizer._opt_called = True  # what a scheduler that was given the base asks for
 
@@ -219,6 +220,7 @@ class SAM(Optimizer):
         self._check_not_perturbed("first_step()")
         try:
             self._arithmetic.perturb(self._measure())
+            _forget_casts()
             if self.model is not None:
                 self._statistics.freeze(self.model)
             if zero_grad:
@@ -253,6 +255,7 @@ class SAM(Optimizer):
         """Give the weights back as they were before :meth:`first_step`, bit for bit; nothing to do if not perturbed."""
         self._check_not_borrowed("restore()")
         self._arithmetic.restore()
+        _forget_casts()
         self._statistics.thaw()
         amp.forget(self)
 
@@ -339,6 +342,12 @@ class SAM(Optimizer):
             self._set_up()
         else:  # from Optimizer.load_state_dict; the base fills in what older checkpoints lack
             self.base_optimizer.__setstate__(_keep_options(self, state))
+
+
+@torch._disable_dynamo
+def _forget_casts() -> None:
+    """Autocast keeps the casts of weights until its outermost context ends, which may lie around both passes."""
+    torch.clear_autocast_cache()
 
 
 def _keep_options(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

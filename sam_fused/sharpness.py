@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .distributed import (
-    check_distributed,
     drawn_by_the_first,
     fsdp_modules,
     is_dtensor,
@@ -28,6 +26,7 @@ from .distributed import (
     without_ddp,
 )
 from .geometry import ascent_scale, check_options
+from .parameters import check_group, check_memory
 
 KINDS = ("first_order", "realised", "average")
 
@@ -391,43 +390,11 @@ def _leaves(loss: Tensor) -> Iterator[Tensor]:
 
 
 def _check_parameters(named: list[tuple[str, Tensor]]) -> None:
-    stored: dict[Any, list[tuple[str, Tensor]]] = {}
+    groups = [{"params": [p for _, p in named], "param_names": [f"model: {name}" for name, _ in named]}]
+    check_group(groups, 0)
+    check_memory(groups)
     for name, p in named:
-        what = f"model: parameter {name!r}"
         if p.is_inference():
-            raise ValueError(f"{what} was made in inference mode and cannot have a gradient")
-        if p.is_complex():
-            raise ValueError(f"{what} is complex, which is not supported; hold torch.view_as_real of it")
-        check_distributed(p, what)
+            raise ValueError(f"model: {name}: made in inference mode, it cannot have a gradient")
         if is_dtensor(p) and _is_half(p):
-            raise ValueError(f"{what} is a DTensor of {p.dtype}; expected float32 or float64")
-        with torch.no_grad():
-            part = local(p)
-        if any(stride == 0 and n > 1 for n, stride in zip(part.shape, part.stride(), strict=True)):
-            raise ValueError(f"{what} is expanded: its elements share memory, and cannot be moved on their own")
-        if part.numel():
-            stored.setdefault(part.untyped_storage().data_ptr(), []).append((name, part))
-    for parts in stored.values():
-        for (name, a), (other, b) in itertools.combinations(parts, 2):
-            if _overlap(a, b):
-                raise ValueError(
-                    f"model: parameters {name!r} and {other!r} share memory; expected one parameter, which both "
-                    "modules may hold"
-                )
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors on one storage have an element in common."""
-    first, second = (range(t.data_ptr(), t.data_ptr() + t.element_size() * _span(t)) for t in (a, b))
-    if first.stop <= second.start or second.stop <= first.start:
-        return False
-    return a.dtype != b.dtype or bool(torch.isin(*map(_places, (a, b))).any())
-
-
-def _span(t: Tensor) -> int:
-    return 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-
-
-def _places(t: Tensor) -> Tensor:
-    """Of the elements in their storage."""
-    return t.storage_offset() + torch.arange(_span(t)).as_strided(t.shape, t.stride()).flatten()
+            raise ValueError(f"model: {name}: expected a DTensor of float32 or float64, got {p.dtype}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 from sam_fused import FusedSAM, ReferenceSAM
-from tests.cases import BASES, assert_near, assert_same_state, awkward, clones, set_grads
+from tests.cases import BASES, DEVICE, assert_near, assert_same_state, awkward, clones, generator, set_grads
 
 both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
 
@@ -280,3 +281,37 @@ def test_two_optimizers_on_one_network(cls):
     two.second_step()
     model(x)
     assert not torch.equal(model[1].running_mean, before)
+
+
+@both
+@pytest.mark.parametrize("form", ["closure", "two calls"])
+def test_autocast_around_both_passes(cls, form):
+    """Autocast keeps the casts of weights until its context ends: the second pass is to see the perturbed ones."""
+
+    def train(around: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 3)
+        opt = cls(model.parameters(), torch.optim.SGD, lr=0.5, rho=2.0)
+        x = torch.randn(8, 6, generator=generator(1))
+
+        def closure():
+            opt.zero_grad()
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                loss = model(x).float().square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            with torch.autocast(DEVICE.type, torch.bfloat16) if around else nullcontext():
+                if form == "closure":
+                    opt.step(closure)
+                else:
+                    closure()
+                    opt.first_step()
+                    closure()
+                    opt.second_step()
+                opt.measured = closure()
+        return [opt.measured.detach(), *(p.detach() for p in model.parameters())]
+
+    for around, apart in zip(train(True), train(False), strict=True):
+        assert torch.equal(around, apart)
