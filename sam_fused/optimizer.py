@@ -15,7 +15,7 @@ from .distributed import local, local_like, placed_like, placement, sum_over_sha
 from .sam import SAM
 
 try:
-    from . import _C
+    from . import _C, fakes  # noqa: F401  (the operators, and what they are in a trace)
 except ImportError as error:  # FusedSAM raises it where it is constructed
     _C = None
     _import_error = error

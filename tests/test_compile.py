@@ -87,16 +87,18 @@ def operators(params, grads, backups, state, steps, ascent, total, hyper):
     return measured, moved
 
 
-def test_the_operators_trace():
-    def arguments():
-        g = torch.Generator().manual_seed(0)
-        tensors = [[torch.randn(n, generator=g) for n in (5, 40)] for _ in range(3)]
-        state = [torch.zeros(n) for n in (5, 40) * 2]
-        ascent = torch.tensor([[0.5, 0.0, 0.0], [0.2, 0.1, 1.0]], dtype=torch.float64)
-        hyper = torch.tensor([[0.1, 0.0, 0.0, 0.9, 0.999, 1e-8, 0.0]] * 2, dtype=torch.float64)
-        return *tensors, state, [torch.zeros(()) for _ in range(2)], ascent, torch.zeros(2).double(), hyper
+def operators_arguments(device: str = "cpu"):
+    g = torch.Generator().manual_seed(0)
+    tensors = [[torch.randn(n, generator=g).to(device) for n in (5, 40)] for _ in range(3)]
+    state = [torch.zeros(n, device=device) for n in (5, 40) * 2]
+    steps = [torch.zeros((), device=device) for _ in range(2)]
+    ascent = torch.tensor([[0.5, 0.0, 0.0], [0.2, 0.1, 1.0]], dtype=torch.float64)
+    hyper = torch.tensor([[0.1, 0.0, 0.0, 0.9, 0.999, 1e-8, 0.0]] * 2, dtype=torch.float64)
+    return *tensors, state, steps, ascent, torch.zeros(2, device=device).double(), hyper
 
-    eager, traced = arguments(), arguments()
+
+def test_the_operators_trace():
+    eager, traced = operators_arguments(), operators_arguments()
     expected = operators(*eager)
     compiled = torch.compile(operators, fullgraph=True, backend="aot_eager")
     actual = compiled(*traced)
