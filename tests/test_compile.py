@@ -79,10 +79,11 @@ def test_a_compiled_model_trains_and_is_not_compiled_again(base):
 def operators(params, grads, backups, state, steps, ascent, total, hyper):
     sq = ops.grad_sq_norm(params, grads, ascent, [1, 1])
     measured = ops.sharpness_(sq, ascent, total)
-    ops.perturb_(params, grads, backups, measured[2], ascent, [1, 1])
+    norm = measured.select(0, 2)  # [2] would look for a fake's GPU, in torch 2.6
+    ops.perturb_(params, grads, backups, norm, ascent, [1, 1])
     moved = [p.clone() for p in params]
     ops.restore_(params, backups)
-    ops.perturb_(params, grads, backups, measured[2], ascent, [1, 1])
+    ops.perturb_(params, grads, backups, norm, ascent, [1, 1])
     ops.restore_step_("adam", params, grads, backups, state, steps, hyper, [1, 1])
     return measured, moved
 
