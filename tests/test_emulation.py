@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cases import DEVICE_TESTS, on_the_cpu
 from tests.emulation.build import SMALL, kernels, sources
@@ -20,6 +21,8 @@ pytestmark = on_the_cpu
 ROOT = Path(__file__).parents[1]
 TENSORS = [1, 62, 63, 64, 72, 73, 200, 499, 500, 1000, 1300, 2000]  # in a list, to count launches
 OLD = {"EMULATION_OLD_DRIVER": "1"}
+DTYPE = torch.float64  # whose weights have no room for a wrong norm
+PATHS = [str(ROOT), str(ROOT / "benchmarks")]
 ORDERS = ("0", "1", "5")  # of threads and blocks: as numbered, from the end, random
 
 #: name: (sanitizers, changes to csrc/cuda.cu)
@@ -75,6 +78,19 @@ def pytest_run(
     return subprocess.run([*command, *paths], cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
+def emulated_steps(path: Path) -> Path:
+    """Those that gpu_check compares with the CPU's."""
+    program = (
+        "import sys, tests.conftest, torch\n"
+        "from tests.gpu.checks import BASES, CPU, lists, parameters, take_steps\n"
+        f"steps = [take_steps(parameters(CPU, lists()['many'], {DTYPE}), base, **options) for base, options in BASES]\n"
+        "torch.save([tuple(s) for s in steps], sys.argv[1])\n"
+    )
+    environment = {**os.environ, "SAM_FUSED_TEST_DEVICE": "emulated", "PYTHONPATH": os.pathsep.join(PATHS)}
+    subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT, env=environment, check=True)
+    return path
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Iterator[dict[str, list[Future[subprocess.CompletedProcess[str]]]]]:
     """What every test looks at, all begun at once: it takes as many processors as there are.
@@ -93,6 +109,7 @@ def done(tmp_path_factory) -> Iterator[dict[str, list[Future[subprocess.Complete
         quick = ["quick"] if sanitizers == "thread" else []
         orders = ORDERS if name in SOUND else ORDERS[:1]
         started[name] = [pool.submit(run, programs[name], order, *quick) for order in orders]
+    started["gpu_check"] = [pool.submit(emulated_steps, folder / "steps.pt")]
     started["old driver"] = [pool.submit(run, programs[name], "0", **OLD) for name in ("plain", "address, undefined")]
     started["old driver, Python"] = [pool.submit(pytest_run, DEVICE_TESTS[:1], "launch", **OLD)]
     for name, environment in (("launches", {}), ("old driver, launches", OLD)):
@@ -157,6 +174,22 @@ def test_arguments_that_no_driver_takes_do_not_compile(change, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "static assertion failed" in done.stderr
+
+
+def test_gpu_check_takes_another_backend_for_sound(done, monkeypatch):
+    """The emulated backend adds up in the order of a GPU: within gpu_check's bounds of the CPU's."""
+    for path in PATHS:
+        monkeypatch.syspath_prepend(path)
+    from tests.gpu.checks import BASES, CPU, Steps, assert_near, lists, parameters, take_steps
+
+    [saved] = (future.result() for future in done["gpu_check"])
+    norms = 0
+    for steps, (base, options) in zip(torch.load(saved), BASES, strict=True):
+        emulated = Steps(*steps)
+        expected = take_steps(parameters(CPU, lists()["many"], DTYPE), base, **options)
+        assert_near(emulated, expected, base.__name__)
+        norms += sum(not torch.equal(a, b) for a, b in zip(emulated.norms, expected.norms, strict=True))
+    assert norms > 0  # or it is not another order
 
 
 @pytest.mark.parametrize("name", BUGS)
