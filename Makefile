@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(BIN)/python train.py --dataset digits --width 16 --epochs 8 --base adam
 RESULTS := runs/bench
+OUT := runs/gpu.md
 SOURCES := setup.py $(wildcard csrc/*)
 
 .PHONY: demo test lint format build bench gpu-check clean
@@ -24,9 +25,10 @@ bench: build
 	$(BIN)/python -m benchmarks.speed.training --out $(RESULTS)
 	$(BIN)/python -m benchmarks.speed.scaling --out $(RESULTS)
 
-# On a machine with a GPU.
+# On a machine with a GPU. Its report, to be committed: make gpu-check OUT=results/gpu/h100.md
 gpu-check: build
-	$(BIN)/python -m tests.gpu_check
+	$(BIN)/python -m tests.gpu.toolkit
+	$(BIN)/python -m tests.gpu_check --out $(OUT)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -9,6 +9,25 @@
 #include <algorithm>
 #include <new>
 
+namespace sam {
+namespace {
+
+// Bytes of a launch's arguments. Every driver takes up to 4,096; since CUDA 12.1 it is 32,764.
+constexpr int kSmall = 4096, kLarge = 32000;
+constexpr int kOther = 64;  // bytes of them that are not rows
+static_assert(kSmall <= 4096 && kLarge <= 32764);
+
+// What a launch carries: its arguments one after the other, each aligned.
+template <class... P>
+constexpr size_t bytes_of() {
+  size_t n = 0;
+  ((n = (n + alignof(P) - 1) / alignof(P) * alignof(P) + sizeof(P)), ...);
+  return n;
+}
+
+}  // namespace
+}  // namespace sam
+
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
@@ -20,14 +39,14 @@
 namespace sam {
 namespace {
 
-template <class... P, class... A>
+template <int kBytes = kSmall, class... P, class... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, void* stream, const A&... args) {
+  static_assert(bytes_of<P...>() <= kBytes, "more bytes of kernel arguments than a driver takes");
   kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA kernel launch: ") + cudaGetErrorString(error));
 }
 
-// Since CUDA 12.1, drivers take kernel arguments of more than 4 KB.
 bool takes_large_arguments() {
   static const int version = [] {
     int v = 0;
@@ -46,10 +65,8 @@ namespace sam {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSumThreads = 1024;             // of the one block that sums a group's chunks
-constexpr int64_t kChunk = 1 << 13;           // elements
-constexpr int kSmall = 4096, kLarge = 32000;  // bytes of arguments
-constexpr int kOther = 64;                    // bytes of them that are not rows
+constexpr int kSumThreads = 1024;    // of the one block that sums a group's chunks
+constexpr int64_t kChunk = 1 << 13;  // elements
 
 // ---- arguments ----
 
@@ -410,7 +427,7 @@ void grad_sq_norm(const Queue& queue, const Table& table, const Ascent* groups, 
         return true;
       },
       [&]<class T, int kBytes>(T, const Entries<NormEntry, kBytes>& entries, int32_t blocks) {
-        launch(norm_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, partial);
+        launch<kBytes>(norm_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, partial);
       });
   for (int64_t g = 0; g < n_groups; g += Ranges::kMax) {
     const int64_t n = std::min<int64_t>(n_groups - g, Ranges::kMax);
@@ -443,7 +460,7 @@ void perturb(const Queue& queue, const Table& table, const Ascent* groups, const
         return true;
       },
       [&]<class T, int kBytes>(T, const Entries<PerturbEntry, kBytes>& entries, int32_t blocks) {
-        launch(perturb_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, norm);
+        launch<kBytes>(perturb_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, norm);
       });
 }
 
@@ -456,7 +473,7 @@ void restore(const Queue& queue, const Table& table) {
         return row.backup != nullptr;
       },
       [&]<class T, int kBytes>(T, const Entries<RestoreEntry, kBytes>& entries, int32_t blocks) {
-        launch(restore_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries);
+        launch<kBytes>(restore_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries);
       });
 }
 
@@ -499,7 +516,7 @@ void restore_step(const Queue& queue, const Table& table, int base, const double
           return true;
         },
         [&]<class T, int kBytes>(T, const Entries<E, kBytes>& entries, int32_t blocks) {
-          launch(update_kernel<T, Base, kBytes>, blocks, kThreads, queue.stream, entries, slots, found_inf);
+          launch<kBytes>(update_kernel<T, Base, kBytes>, blocks, kThreads, queue.stream, entries, slots, found_inf);
         });
   });
 }

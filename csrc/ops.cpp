@@ -373,25 +373,12 @@ struct Eager {
   }
 };
 
-// Fake kernels, for tracing: shapes only.
-struct Meta {
-  static Tensor grad_sq_norm(const List& params, const List&, const Tensor&, Sizes group_sizes) {
-    return at::empty({static_cast<int64_t>(group_sizes.size())}, params[0].options().dtype(at::kDouble));
-  }
-  static Tensor sharpness_(const Tensor& sq_norms, const Tensor&, const Tensor&, const Scalar&) {
-    return at::empty({3}, sq_norms.options());
-  }
-  static void perturb_(const List&, const List&, const List&, const Tensor&, const Tensor&, Sizes) {}
-  static void restore_(const List&, const List&) {}
-  static void restore_step_(c10::string_view, const List&, const List&, const OptionalList&, const List&, const List&,
-                            const Tensor&, Sizes, const Scalar&, const Scalar&, const Scalar&) {}
-};
-
 }  // namespace
 
 // Lists hold one tensor for each of params; group_sizes cuts params into groups, whose values are the rows of
 // `ascent` or `hyper` (ops.h).
 TORCH_LIBRARY(sam_fused, m) {
+  m.set_python_module("sam_fused.fakes");  // where the kernels for tracing are
   m.def("grad_sq_norm(Tensor[] params, Tensor[] grads, Tensor ascent, int[] group_sizes) -> Tensor");
   m.def("sharpness_(Tensor sq_norms, Tensor ascent, Tensor(a!) total, Tensor? grad_scale=None) -> Tensor");
   m.def(
@@ -413,14 +400,6 @@ void register_eager(torch::Library& m) {
 }
 TORCH_LIBRARY_IMPL(sam_fused, CPU, m) { register_eager(m); }
 TORCH_LIBRARY_IMPL(sam_fused, CUDA, m) { register_eager(m); }
-
-TORCH_LIBRARY_IMPL(sam_fused, Meta, m) {
-  m.impl("grad_sq_norm", Meta::grad_sq_norm);
-  m.impl("sharpness_", Meta::sharpness_);
-  m.impl("perturb_", Meta::perturb_);
-  m.impl("restore_", Meta::restore_);
-  m.impl("restore_step_", Meta::restore_step_);
-}
 
 // None of the operators is differentiable.
 TORCH_LIBRARY_IMPL(sam_fused, Autograd, m) {

@@ -17,7 +17,7 @@ from .geometry import radii, signed_radius
 from .parameters import check_memory, name_of
 
 try:
-    from . import _C
+    from . import _C, fakes  # noqa: F401  (the operators, and what they are in a trace)
 except ImportError as error:  # FusedSAM raises it where it is constructed
     _C = None
     _import_error = error

@@ -79,24 +79,27 @@ def test_a_compiled_model_trains_and_is_not_compiled_again(base):
 def operators(params, grads, backups, state, steps, ascent, total, hyper):
     sq = ops.grad_sq_norm(params, grads, ascent, [1, 1])
     measured = ops.sharpness_(sq, ascent, total)
-    ops.perturb_(params, grads, backups, measured[2], ascent, [1, 1])
+    norm = measured.select(0, 2)  # [2] would look for a fake's GPU, in torch 2.6
+    ops.perturb_(params, grads, backups, norm, ascent, [1, 1])
     moved = [p.clone() for p in params]
     ops.restore_(params, backups)
-    ops.perturb_(params, grads, backups, measured[2], ascent, [1, 1])
+    ops.perturb_(params, grads, backups, norm, ascent, [1, 1])
     ops.restore_step_("adam", params, grads, backups, state, steps, hyper, [1, 1])
     return measured, moved
 
 
-def test_the_operators_trace():
-    def arguments():
-        g = torch.Generator().manual_seed(0)
-        tensors = [[torch.randn(n, generator=g) for n in (5, 40)] for _ in range(3)]
-        state = [torch.zeros(n) for n in (5, 40) * 2]
-        ascent = torch.tensor([[0.5, 0.0, 0.0], [0.2, 0.1, 1.0]], dtype=torch.float64)
-        hyper = torch.tensor([[0.1, 0.0, 0.0, 0.9, 0.999, 1e-8, 0.0]] * 2, dtype=torch.float64)
-        return *tensors, state, [torch.zeros(()) for _ in range(2)], ascent, torch.zeros(2).double(), hyper
+def operators_arguments(device: str = "cpu"):
+    g = torch.Generator().manual_seed(0)
+    tensors = [[torch.randn(n, generator=g).to(device) for n in (5, 40)] for _ in range(3)]
+    state = [torch.zeros(n, device=device) for n in (5, 40) * 2]
+    steps = [torch.zeros((), device=device) for _ in range(2)]
+    ascent = torch.tensor([[0.5, 0.0, 0.0], [0.2, 0.1, 1.0]], dtype=torch.float64)
+    hyper = torch.tensor([[0.1, 0.0, 0.0, 0.9, 0.999, 1e-8, 0.0]] * 2, dtype=torch.float64)
+    return *tensors, state, steps, ascent, torch.zeros(2, device=device).double(), hyper
 
-    eager, traced = arguments(), arguments()
+
+def test_the_operators_trace():
+    eager, traced = operators_arguments(), operators_arguments()
     expected = operators(*eager)
     compiled = torch.compile(operators, fullgraph=True, backend="aot_eager")
     actual = compiled(*traced)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -11,13 +12,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cases import DEVICE_TESTS, on_the_cpu
-from tests.emulation.build import SMALL, kernels
+from tests.emulation.build import SMALL, kernels, sources
 
 pytestmark = on_the_cpu
 ROOT = Path(__file__).parents[1]
-TENSORS = [1, 62, 63, 64, 72, 73, 200, 499, 500, 1000, 2000]  # in a list, to count launches
+TENSORS = [1, 62, 63, 64, 72, 73, 200, 499, 500, 1000, 1300, 2000]  # in a list, to count launches
+OLD = {"EMULATION_OLD_DRIVER": "1"}
+DTYPE = torch.float64  # whose weights have no room for a wrong norm
 ORDERS = ("0", "1", "5")  # of threads and blocks: as numbered, from the end, random
 
 #: name: (sanitizers, changes to csrc/cuda.cu)
@@ -58,17 +62,32 @@ BUGS = {
 }  # fmt: skip
 
 
-def run(program: Future[Path], order: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    options = {"EMULATION_ORDER": order, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+def run(program: Future[Path], order: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    options = {"EMULATION_ORDER": order, "ASAN_OPTIONS": "detect_stack_use_after_return=0", **environment}
     command = [program.result(), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **options})
 
 
-def pytest_run(files: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not ReferenceSAM"]
-    environment = {**os.environ, "SAM_FUSED_TEST_DEVICE": "emulated", "OMP_NUM_THREADS": "1"}
+def pytest_run(
+    files: list[str], chosen: str = "not ReferenceSAM", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
+    environment = {**os.environ, "SAM_FUSED_TEST_DEVICE": "emulated", "OMP_NUM_THREADS": "1", **environment}
     paths = [str(ROOT / "tests" / file) for file in files]
     return subprocess.run([*command, *paths], cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def emulated_steps(path: Path) -> Path:
+    """Those that gpu_check compares with the CPU's."""
+    program = (
+        "import sys, tests.conftest, torch\n"
+        "from tests.gpu.checks import BASES, CPU, lists, parameters, take_steps\n"
+        f"steps = [take_steps(parameters(CPU, lists()['many'], {DTYPE}), base, **options) for base, options in BASES]\n"
+        "torch.save([tuple(s) for s in steps], sys.argv[1])\n"
+    )
+    environment = {**os.environ, "SAM_FUSED_TEST_DEVICE": "emulated", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT, env=environment, check=True)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +108,11 @@ def done(tmp_path_factory) -> Iterator[dict[str, list[Future[subprocess.Complete
         quick = ["quick"] if sanitizers == "thread" else []
         orders = ORDERS if name in SOUND else ORDERS[:1]
         started[name] = [pool.submit(run, programs[name], order, *quick) for order in orders]
-    started["launches"] = [pool.submit(run, programs["plain"], "0", *map(str, TENSORS))]
+    started["gpu_check"] = [pool.submit(emulated_steps, folder / "steps.pt")]
+    started["old driver"] = [pool.submit(run, programs[name], "0", **OLD) for name in ("plain", "address, undefined")]
+    started["old driver, Python"] = [pool.submit(pytest_run, DEVICE_TESTS[:1], "launch", **OLD)]
+    for name, environment in (("launches", {}), ("old driver, launches", OLD)):
+        started[name] = [pool.submit(run, programs["plain"], "0", *map(str, TENSORS), **environment)]
     yield started
     pool.shutdown(cancel_futures=True)
 
@@ -107,14 +130,62 @@ def test_kernels(name, done):
     assert len(set(outputs)) == 1
 
 
-def test_launches(done):
-    """As many as the cost model says, for any number of tensors."""
+def counted(name, done) -> dict[int, int]:
+    [process] = (future.result() for future in done[name])
+    return dict(zip(TENSORS, map(int, process.stdout.split()), strict=True))
+
+
+@pytest.mark.parametrize(("name", "large"), [("launches", True), ("old driver, launches", False)])
+def test_launches(name, large, done):
+    """As many as the cost model says, and the README, for any number of tensors."""
     from benchmarks.speed.cost_model import launches_of
 
-    [process] = (future.result() for future in done["launches"])
-    counted = dict(zip(TENSORS, map(int, process.stdout.split()), strict=True))
-    assert counted == {n: launches_of("adam", n) for n in TENSORS}
-    assert counted[62] == 6  # ResNet-18
+    def readme(n: int) -> int:
+        if large and n > 72:
+            return 2 + 2 * math.ceil(n / 570) + math.ceil(n / 499) + math.ceil(n / 196)
+        return 2 + 2 * math.ceil(n / 72) + math.ceil(n / (499 if large else 63)) + math.ceil(n / 196)
+
+    launches = counted(name, done)
+    assert launches == {n: launches_of("adam", n, large) for n in TENSORS}
+    assert launches == {n: readme(n) for n in TENSORS}
+    assert launches[62] == 6  # ResNet-18
+
+
+# ---- drivers older than CUDA 12.1: launches of 4,096 bytes, or the emulation refuses them ----
+
+
+def test_kernels_with_an_old_driver(done):
+    for process in (future.result() for future in done["old driver"]):
+        assert process.returncode == 0, process.stdout + process.stderr
+        assert process.stdout.count("largest error") == 4
+
+
+def test_python_with_an_old_driver(done):
+    [process] = (future.result() for future in done["old driver, Python"])
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert re.search(r"[1-9]\d* passed", process.stdout)
+
+
+@pytest.mark.parametrize("change", [{"kOther = 64;": "kOther = 0;"}, {"kLarge = 32000;": "kLarge = 32800;"}])
+def test_arguments_that_no_driver_takes_do_not_compile(change, tmp_path):
+    command = [*sources(tmp_path / "changed", change), "-fsyntax-only"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "static assertion failed" in done.stderr
+
+
+def test_gpu_check_takes_another_backend_for_sound(done):
+    """The emulated backend adds up in the order of a GPU: within gpu_check's bounds of the CPU's."""
+    from tests.gpu.checks import BASES, CPU, Steps, assert_near, lists, parameters, take_steps
+
+    [saved] = (future.result() for future in done["gpu_check"])
+    norms = 0
+    for steps, (base, options) in zip(torch.load(saved), BASES, strict=True):
+        emulated = Steps(*steps)
+        expected = take_steps(parameters(CPU, lists()["many"], DTYPE), base, **options)
+        assert_near(emulated, expected, base.__name__)
+        norms += sum(not torch.equal(a, b) for a, b in zip(emulated.norms, expected.norms, strict=True))
+    assert norms > 0  # or it is not another order
 
 
 @pytest.mark.parametrize("name", BUGS)

@@ -108,6 +108,16 @@ def test_mixed_dtypes(base):
     lockstep([{"params": [params[i] for i in order]}], cls, options, steps=8, rho=0.1)
 
 
+@pytest.mark.parametrize("base", ["sgd_momentum", "adam"])
+def test_more_tensors_than_a_launch_takes(base):
+    """Of csrc/cuda.cu: 499 or more tensors of one type, and 16 groups."""
+    cls, options = BASES[base]
+    g = generator(0)
+    params = [nn.Parameter(torch.randn(1 + i % 7, generator=g, dtype=torch.float64)) for i in range(1300)]
+    groups = [{"params": params[i::20], "lr": 0.01 / (i + 1)} for i in range(20)]
+    lockstep(groups, cls, options, steps=2, skips=[(frozenset({3, 700}), frozenset({1299}))])
+
+
 @given(data=st.data())
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_drawn_lists(data):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sam_fused.fused
 from sam_fused import _C, FusedSAM, ReferenceSAM
@@ -127,15 +128,32 @@ def test_the_error_names_the_sparse_gradient():
         opt.first_step()
 
 
+def respelled(device: torch.device) -> torch.device:
+    """The same device, unequal: with its index, or without."""
+    return torch.device(device.type, 0) if device.index is None else torch.device(device.type)
+
+
 def alternate_places(monkeypatch):
     """Every second parameter is taken to be on another device; returns the places by the id of the parameter."""
     places = {}
 
     def place(p):
-        return places.setdefault(id(p), (torch.device("cpu:0" if len(places) % 2 else "cpu"), None))
+        return places.setdefault(id(p), (respelled(p.device) if len(places) % 2 else p.device, None))
 
     monkeypatch.setattr(sam_fused.fused, "_place", place)
     return places
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_alternate_places_are_where_the_tensors_are(device, monkeypatch):
+    """Or the tests that use them could not pass on a GPU."""
+    places = alternate_places(monkeypatch)
+    with FakeTensorMode():
+        params = [torch.empty(2, device=device) for _ in range(2)]
+        here, there = (sam_fused.fused._place(p) for p in params)
+        assert here != there
+        assert there[0].type == here[0].type == params[1].device.type
+    assert len(places) == 2
 
 
 def test_a_perturbation_that_fails_halfway_is_undone(monkeypatch):
@@ -528,7 +546,7 @@ def test_a_step_allocates_nothing_but_the_backup():
 
 
 def test_several_devices(monkeypatch):
-    """Parameters on two devices go into two calls, with one norm. (The CPU stands in for both.)"""
+    """Parameters on two devices go into two calls, with one norm. (One device stands in for both.)"""
     places = alternate_places(monkeypatch)
     lockstep([{"params": awkward(torch.float64)}], torch.optim.Adam, {}, skips=[({0}, {4, 5}), ({6}, {1})], steps=6)
     assert len(places) > 2

@@ -186,7 +186,9 @@ def refusals() -> None:
     with pytest.raises(ValueError, match="expected a DistributedDataParallel around all of it, got one inside, '0'"):
         measure_sharpness(nn.Sequential(DistributedDataParallel(network())), LOSS, batches(rank), RHO)
     half = fully_shard(network().bfloat16(), mesh=init_device_mesh("cpu", (2,)))
-    with pytest.raises(ValueError, match=r"model: 0\.weight: expected a DTensor of float32 or float64, got torch.bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"model: 0\.weight: expected a DTensor of float32 or float64, got torch.bfloat16"
+    ):
         measure_sharpness(half, LOSS, batches(rank, torch.bfloat16), RHO)
     model = fsdp()
     model.set_requires_gradient_sync(False)

@@ -19,7 +19,7 @@ import train
 from sam_fused import FusedSAM
 
 SCRIPT = Path(train.__file__)
-TINY = ["--dataset", "digits", "--train-size", "120", "--width", "2", "--batch-size", "32", "--threads", "2"]
+TINY = ["--dataset", "digits", "--train-size", "120", "--width", "8", "--batch-size", "32", "--threads", "2"]
 
 
 def settings(*flags: str) -> train.Settings:

@@ -36,18 +36,22 @@ def entry_bytes(pointers: int, ascent: bool) -> int:
     return 8 * pointers + 16 + (24 if ascent else 0)
 
 
-def batches(tensors: int, entry: int) -> int:
+def batches(tensors: int, entry: int, large: bool) -> int:
     """Launches for so many tensors of one dtype, whatever their sizes."""
     small = (SMALL - OTHER) // entry
-    return 1 if tensors <= small else math.ceil(tensors / ((LARGE - OTHER) // entry))
+    return math.ceil(tensors / ((LARGE - OTHER) // entry if large and tensors > small else small))
 
 
-def launches_of(base: str, tensors: int) -> int:
-    """Of first_step and second_step, for tensors of one dtype and device in one group."""
+def launches_of(base: str, tensors: int, large: bool = True) -> int:
+    """Of first_step and second_step, for tensors of one dtype and device in one group.
+
+    ``large``: the driver is of CUDA 12.1 or later, which takes large arguments.
+    """
     hypers, states = (7, 2) if base.startswith("adam") else (6, 1)
     prepare = math.ceil(tensors / ((SMALL - OTHER - 16 * 8 * hypers) // 16))
-    norm = batches(tensors, entry_bytes(2, True)) + 2  # the sums over chunks, their sum, the sharpness
-    return norm + batches(tensors, entry_bytes(3, True)) + prepare + batches(tensors, entry_bytes(3 + states, False))
+    norm = batches(tensors, entry_bytes(2, True), large) + 2  # the sums over chunks, their sum, the sharpness
+    perturb, update = entry_bytes(3, True), entry_bytes(3 + states, False)
+    return norm + batches(tensors, perturb, large) + prepare + batches(tensors, update, large)
 
 
 # ---- the rivals: what they call ----

@@ -34,10 +34,10 @@ def extension() -> ModuleType:
     )
 
 
-def kernels(folder: Path, sanitizers: str, changes: dict[str, str]) -> Path:
+def sources(folder: Path, changes: dict[str, str]) -> list[str]:
     """test_kernels.cpp with a csrc/cuda.cu in which every key of ``changes``, which must occur once, is its value.
 
-    ``sanitizers`` are those of -fsanitize=, or none.
+    Written to ``folder``; returns g++'s command without an output.
     """
     folder.mkdir()
     source = (CSRC / "cuda.cu").read_text()
@@ -47,8 +47,12 @@ def kernels(folder: Path, sanitizers: str, changes: dict[str, str]) -> Path:
     (folder / "cuda.cu").write_text(source)
     test = (HERE / "test_kernels.cpp").read_text()
     (folder / "test_kernels.cpp").write_text(test.replace('"../../csrc/cuda.cu"', '"cuda.cu"'))
+    return ["g++", *FLAGS, f"-I{CSRC}", f"-I{HERE}", f"-I{folder}", str(folder / "test_kernels.cpp")]
+
+
+def kernels(folder: Path, sanitizers: str, changes: dict[str, str]) -> Path:
+    """The program of :func:`sources`. ``sanitizers`` are those of -fsanitize=, or none."""
     program = folder / "test_kernels"
     checks = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
-    command = ["g++", *FLAGS, "-g1", *checks, f"-I{CSRC}", f"-I{HERE}", f"-I{folder}"]
-    subprocess.run([*command, str(folder / "test_kernels.cpp"), "-o", str(program)], check=True)
+    subprocess.run([*sources(folder, changes), "-g1", *checks, "-o", str(program)], check=True)
     return program

@@ -2,7 +2,8 @@
 //
 // Every thread of a block is a fiber; blocks run one after another. EMULATION_ORDER says in which order threads and
 // blocks go: 0 as numbered, 1 from the end, another number is the seed of a random order. What a launch gets wrong is
-// an exception: sizes, divergent barriers, shuffles with lanes that are elsewhere.
+// an exception: sizes, divergent barriers, shuffles with lanes that are elsewhere. With EMULATION_OLD_DRIVER the driver
+// is one from before CUDA 12.1, which takes 4,096 bytes of arguments.
 // Shared memory is a heap block of its exact size, filled with NaN. With -fsanitize=address an overrun is found. With
 // -fsanitize=thread no switch between fibers counts as synchronisation, only barriers and launches do, so that a
 // missing barrier, or a conflict between blocks, is a data race whatever the order was.
@@ -366,15 +367,17 @@ EMULATION_FN void run_grid(unsigned blocks, unsigned threads, const std::functio
 namespace sam {
 namespace {
 
-template <class... P, class... A>
+bool takes_large_arguments() { return std::getenv("EMULATION_OLD_DRIVER") == nullptr; }
+
+template <int kBytes = kSmall, class... P, class... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, void* /*stream*/, const A&... args) {
-  static_assert((... + sizeof(P)) <= 32764, "more than 32,764 bytes of kernel arguments");
+  static_assert(bytes_of<P...>() <= kBytes, "more bytes of kernel arguments than a driver takes");
+  if (bytes_of<P...>() > (takes_large_arguments() ? 32764 : 4096))
+    emulation::fail("an old driver, and a launch with " + std::to_string(bytes_of<P...>()) + " bytes of arguments");
   if (blocks < 1 || blocks > 0x7fffffff) emulation::fail("a launch of " + std::to_string(blocks) + " blocks");
   if (threads < 1 || threads > 1024) emulation::fail("a launch of " + std::to_string(threads) + " threads a block");
   emulation::run_grid(static_cast<unsigned>(blocks), threads, [&] { kernel(args...); });
 }
-
-bool takes_large_arguments() { return true; }
 
 }  // namespace
 }  // namespace sam

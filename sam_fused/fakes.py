@@ -1,0 +1,33 @@
+"""What the operators return, by shape and dtype alone, for tracing: torch.compile, export and FakeTensor.
+
+Registered in Python, because a fake from C++ may not mix devices, as every operator does that is given CUDA parameters
+and their rows of ``ascent`` or ``hyper``, which stay on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+
+from . import _C  # noqa: F401  (which defines the operators)
+
+
+@register_fake("sam_fused::grad_sq_norm")
+def _(params: list[Tensor], grads: list[Tensor], ascent: Tensor, group_sizes: list[int]) -> Tensor:
+    return params[0].new_empty(len(group_sizes), dtype=torch.float64)
+
+
+@register_fake("sam_fused::sharpness_")
+def _(sq_norms: Tensor, ascent: Tensor, total: Tensor, grad_scale: Tensor | None = None) -> Tensor:
+    return sq_norms.new_empty(3)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Of an operator that only writes to its arguments."""
+
+
+for _name in ("perturb_", "restore_", "restore_step_"):
+    register_fake(f"sam_fused::{_name}", _nothing)
