@@ -92,12 +92,12 @@ def test_kernels(name, programs):
     """Within one unit in the last place of the correctly rounded result, and clean, by every instruction set."""
     if tool := missing(name):
         pytest.skip(f"needs {tool}")
-    emulator = ARM[1:] if name == "aarch64" else ()
+    emulator, isas = (ARM[1:], ISAS[:1]) if name == "aarch64" else ((), expected_isas())
     quick = ["quick"] if name == "thread" else []
     outputs = []
     for isa in ISAS:
         done = run(programs[name], *quick, isa=isa, emulator=emulator)
-        if done.returncode == CANNOT and isa not in expected_isas():
+        if done.returncode == CANNOT and isa not in isas:
             continue
         assert done.returncode == 0, f"{isa}: {done.stdout}{done.stderr}"
         assert done.stderr == ""
