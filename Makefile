@@ -33,12 +33,12 @@ gpu-check: build
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/* tests/emulation/*.cpp tests/emulation/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/emulation/*.cpp tests/emulation/*.h tests/cpu_backend/*.h
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/* tests/emulation/*.cpp tests/emulation/*.h
+	$(BIN)/clang-format -i csrc/* tests/emulation/*.cpp tests/emulation/*.h tests/cpu_backend/*.h
 
 build: $(VENV)/.built
 

@@ -23,9 +23,6 @@ ROOT = Path(__file__).parent
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
-    # at::parallel_for is serial without it. Not a link flag: the symbols must resolve to the OpenMP runtime that torch
-    # carries, or torch.set_num_threads would steer another one.
-    "-fopenmp",
     "-fno-math-errno",  # lets sqrt vectorise
     "-fno-trapping-math",  # lets selects vectorise
     "-ffp-contract=off",  # the same bits on every instruction set
@@ -33,6 +30,10 @@ CXX_FLAGS = [
     "-Wall",
     "-Wno-psabi",
 ]
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10) and sys.platform != "darwin":
+    # csrc/parallel.h needs it. Not a link flag: the symbols must resolve to the OpenMP runtime that torch carries, or
+    # torch.set_num_threads would steer another one.
+    CXX_FLAGS.append("-fopenmp")
 NVCC_FLAGS = [
     "-std=c++20",
     "-O3",

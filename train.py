@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group, which its default arguments would keep for ever
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -39,6 +41,7 @@ from tqdm import tqdm
 import sam_fused
 from sam_fused import FusedSAM
 from sam_fused.distributed import unsynchronized
+from sam_fused.fused import extension
 
 # ---- settings ----
 
@@ -191,6 +194,7 @@ def processes(s: Settings) -> Iterator[Settings]:
     try:
         yield s
     finally:
+        gc.collect()  # the module and the optimizer, which keep the group, and with it threads that outlive Python
         dist.destroy_process_group()
 
 
@@ -553,8 +557,6 @@ def set_random_states(states: dict[str, Any], generator: torch.Generator) -> Non
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    from sam_fused import _C
-
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
@@ -565,7 +567,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "sam_fused": sam_fused.__version__,
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "instruction_set": _C.cpu_isa(),
+        "instruction_set": extension().cpu_isa(),
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,

@@ -4,12 +4,11 @@
 // at run time. Contraction to fused multiply-adds is off (setup.py), so every set gives the same bits.
 // The work is memory traffic: what is written without having been read (the backup, and the weight in an update that
 // starts from the backup) goes past the cache when the whole job is larger than the cache.
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <atomic>
 
 #include "backends.h"
+#include "parallel.h"
 
 #if defined(__x86_64__)
 #include <emmintrin.h>
@@ -53,10 +52,14 @@ template <class F>
 __attribute__((target("avx2"))) void run_avx2(const F& f, int64_t begin, int64_t end) {
   f(begin, end);
 }
+// clang prefers 512 bits by itself, and with an option that it does not know it would drop the whole attribute.
+#if defined(__clang__)
+#define SAM_AVX512 "avx512f,avx512bw,avx512dq,avx512vl"
+#else
+#define SAM_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"
+#endif
 template <class F>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))) void run_avx512(const F& f,
-                                                                                                      int64_t begin,
-                                                                                                      int64_t end) {
+__attribute__((target(SAM_AVX512))) void run_avx512(const F& f, int64_t begin, int64_t end) {
   f(begin, end);
 }
 #endif
@@ -156,12 +159,19 @@ SAM_FN void perturb_chunk(const Row& row, const Chunk& c, const Ascent& ascent, 
   }
 }
 
+// The loop that follows has no dependency from one turn to the next.
+#if defined(__clang__)
+#define SAM_IVDEP _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define SAM_IVDEP _Pragma("GCC ivdep")
+#endif
+
 // One block of an update, from `from` to `to`, which may be the same.
 template <class T, class Base, class Update>
 SAM_FN void update_block(const Update& update, int n, T* to, const T* from, const T* __restrict g, T* __restrict s0,
                          T* __restrict s1, T* __restrict s2) {
   using A = arithmetic_t<T>;
-#pragma GCC ivdep
+  SAM_IVDEP
   for (int i = 0; i < n; ++i) {
     A w = load(from[i]);
     A state[kMaxStates] = {};
@@ -183,14 +193,13 @@ SAM_FN void restore_step_chunk(const Row& row, const Chunk& c, const double* hyp
   T* w = at<T>(row.param, c.begin);
   const T* from = row.backup ? at<const T>(row.backup, c.begin) : w;
   const T* g = at<const T>(row.grad, c.begin);
-  T* s[kMaxStates];
-  for (int k = 0; k < kMaxStates; ++k) s[k] = k < Base::states ? at<T>(row.state[k], c.begin) : nullptr;
   alignas(64) T fresh[kBlock];
   const bool past_cache = stream && row.backup;
   for (int b = 0; b < c.size; b += kBlock) {
     const int n = std::min(kBlock, c.size - b);
     T* to = past_cache ? fresh : w + b;
-    update_block<T, Base>(update, n, to, from + b, g + b, s[0] + b, s[1] + b, s[2] + b);
+    const auto state = [&](int k) { return k < Base::states ? at<T>(row.state[k], c.begin + b) : nullptr; };
+    update_block<T, Base>(update, n, to, from + b, g + b, state(0), state(1), state(2));
     if (past_cache) copy(w + b, fresh, n * sizeof(T), true);
   }
 }
@@ -209,7 +218,7 @@ void for_chunks(const Table& table, const std::vector<Chunk>& chunks, const F& f
     bytes += row.numel * size_of(row.dtype);
   }
   const int64_t n = static_cast<int64_t>(chunks.size());
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (elements + kGrain - 1) / kGrain);
+  const int64_t threads = std::min<int64_t>(get_num_threads(), (elements + kGrain - 1) / kGrain);
   const int64_t batch = threads <= 1 ? n : std::max<int64_t>(1, n / (32 * threads));
   const bool stream = bytes >= kStreamFrom;
   const Chunk* data = chunks.data();
@@ -226,7 +235,7 @@ void for_chunks(const Table& table, const std::vector<Chunk>& chunks, const F& f
   if (threads <= 1)
     work(0, 1);
   else
-    at::parallel_for(0, threads, 1, work);
+    parallel_for(0, threads, 1, work);
 }
 
 template <class F>

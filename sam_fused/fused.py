@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,19 @@ except ImportError as error:  # FusedSAM raises it where it is constructed
     _import_error = error
 
 BUILD_COMMAND = "pip install --no-build-isolation -e ."
+
+
+def extension() -> ModuleType:
+    """sam_fused._C. Raises ImportError, with what to do, where it could not be imported."""
+    if _C is not None:
+        return _C
+    here = Path(__file__).parent
+    where = "from the source tree"
+    if (here.parent / "setup.py").exists() and not list(here.glob("_C.*")):
+        where = f"in {here.parent}, the source tree, which Python takes here instead of an installed sam_fused,"
+    raise ImportError(
+        f"sam_fused's extension could not be imported: {_import_error}. Build it {where} with: {BUILD_COMMAND}"
+    ) from _import_error
 
 
 _Place = tuple[torch.device, Hashable]
@@ -192,11 +207,7 @@ class Fused(Arithmetic):
     """SAM's arithmetic in one operator call for all the tensors of a device."""
 
     def __init__(self, base: Optimizer) -> None:
-        if _C is None:
-            raise ImportError(
-                f"sam_fused's extension could not be imported: {_import_error}. "
-                f"Build it from the source tree with: {BUILD_COMMAND}"
-            ) from _import_error
+        extension()
         super().__init__(base)
         self._plans: dict[Hashable, _Plan] = {}
         self._memory: int | None = None  # where the parameters lie, as last checked

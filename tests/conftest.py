@@ -29,3 +29,10 @@ elif PLACE == "cuda":
     torch.set_default_device(DEVICE)
 elif PLACE != "cpu":
     pytest.exit(f"SAM_FUSED_TEST_DEVICE: expected cpu, cuda or emulated, got {PLACE!r}", returncode=1)
+
+from sam_fused.fused import extension as built  # only now that the backend is chosen
+
+try:
+    built()
+except ImportError as error:
+    pytest.exit(str(error), returncode=1)

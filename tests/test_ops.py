@@ -155,20 +155,79 @@ def everything(dtype, adaptive):
     return out
 
 
+def each_instruction_set():
+    """Sets those of this machine, which must be all that it says that it has, one after the other."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    needs = {"default": set(), "avx2": {"avx2"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+    for name, needed in needs.items():
+        try:
+            _C.set_cpu_isa(name)
+        except ValueError:
+            assert not needed <= flags
+            continue
+        assert _C.cpu_isa() == name
+        yield name
+
+
+def same_bits(a, b):
+    """NaN and the sign of zero included."""
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
 @on_the_cpu
 @pytest.mark.parametrize("adaptive", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set_gives_the_same_bits(dtype, adaptive, isa):
-    available = []
-    for name in ("default", "avx2", "avx512"):
-        try:
-            _C.set_cpu_isa(name)
-        except ValueError:
-            continue
-        assert _C.cpu_isa() == name
-        available.append(everything(dtype, adaptive))
-    for other in available[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(available[0], other, strict=True))
+    first, *others = [everything(dtype, adaptive) for _ in each_instruction_set()]
+    for other in others:
+        assert all(same_bits(a, b) for a, b in zip(first, other, strict=True))
+
+
+EXTREME = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    torch.inf,
+    -torch.inf,
+    torch.nan,
+    1e-45,
+    -1e-39,
+    6e-8,
+    3e-5,
+    65504.0,
+    3e38,
+    -1e308,
+    0.1,
+]
+
+
+@on_the_cpu
+@pytest.mark.parametrize("adaptive", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "base"), CALLS)
+def test_every_instruction_set_is_at_one_on_extreme_numbers(op, base, dtype, adaptive, isa):
+    """Infinities, NaN, zeros, subnormals and overflows, in every pairing and at every place in a vector."""
+    if op == "sharpness_":
+        return  # is no loop
+    values = torch.tensor(EXTREME, dtype=torch.float64).to(dtype)
+    results = []
+    for _ in each_instruction_set():
+        n = len(EXTREME)
+        args = arguments(op, base or "adam", dtype, (n * n + 1, n * n, 1))
+        for name in ("params", "grads", "backups", "state"):
+            for t in tensors(args.get(name, []))[:2]:
+                grid = values.repeat_interleave(n) if name in ("grads", "state") else values.repeat(n)
+                t[: n * n].copy_(grid[: t.numel()])
+        if "ascent" in args:
+            args["ascent"] = rows([0.1, 0.0, adaptive], [0.2, 0.1, adaptive])
+        result = getattr(_C, op)(*args.values())
+        results.append([result] * (result is not None) + [t for v in args.values() for t in tensors(v)])
+    for other in results[1:]:
+        for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
+            assert torch.equal(a.isnan(), b.isnan()), i
+            assert same_bits(a.nan_to_num(7.0), b.nan_to_num(7.0)), i
 
 
 def test_unknown_instruction_set():

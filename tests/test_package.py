@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+
+import pytest
+
+from sam_fused.fused import BUILD_COMMAND
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,3 +37,18 @@ def test_the_reference_never_imports_the_extension():
         "assert '_C' not in source and 'torch.ops' not in source\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", [["train.py", "--dataset", "digits"], ["-m", "pytest", "tests/test_package.py"]])
+def test_a_source_tree_that_is_not_built_says_what_to_do(command, tmp_path):
+    """Python takes it rather than the sam_fused that is installed."""
+    tree = tmp_path / "tree"
+    for name in ("sam_fused", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "train.py"):
+        shutil.copy(ROOT / name, tree)
+    done = subprocess.run([sys.executable, *command], cwd=tree, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"Build it in {tree}, the source tree," in done.stderr
+    assert f"with: {BUILD_COMMAND}" in done.stderr
+    assert "Traceback" not in done.stderr

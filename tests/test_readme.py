@@ -52,10 +52,15 @@ def test_snippet(line, tmp_path, monkeypatch):
     assert not getattr(opt, "optimizer", opt).perturbed
 
 
+#: Appended to the scripts: at Python's own end one in five of them aborts after its work is done, because a thread of
+#: gloo's still lets go of the last collective then (https://github.com/pytorch/pytorch/issues/190489).
+END = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
+
+
 @pytest.mark.parametrize("line", SCRIPTS)
 def test_script(line, tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPTS[line])
+    script.write_text(SCRIPTS[line] + END)
     number = TORCHRUN.match(SCRIPTS[line])[1]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number, str(script)],

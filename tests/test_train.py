@@ -360,6 +360,29 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, kind):
         assert {**x, "seconds": 0} == {**y, "seconds": 0}
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_no_thread_of_the_process_group_is_left(tmp_path):
+    """One that still works while Python ends may abort the process (https://github.com/pytorch/pytorch/issues/190489).
+
+    Without the garbage collector, which might come in time by chance.
+    """
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import gc, os, pathlib, sys\n"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "gc.disable()\n"
+        "import train\n"
+        "code = train.main(sys.argv[1:])\n"
+        "names = [task.read_text().strip() for task in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "print('left:', [name for name in names if 'gloo' in name], flush=True)\n"
+        "os._exit(code)\n"
+    )
+    flags = [*TINY, "--threads", "1", "--epochs", "1", "--out", str(tmp_path / "out")]
+    done = subprocess.run(torchrun(str(script), *flags), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("left: []") == 2, done.stdout
+
+
 def test_ctrl_c_ends_cleanly(tmp_path):
     out = tmp_path / "run"
     heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # not so in a shell's background
