@@ -136,10 +136,8 @@ def test_launches_are_calls_of_the_runtime(driver, many, modules, monkeypatch):
         pointer._obj.value = driver
         return 0
 
-    driver_library, load = types.SimpleNamespace(cuDriverGetVersion=get_version), ctypes.CDLL
-    monkeypatch.setattr(
-        ctypes, "CDLL", lambda name, *rest, **how: driver_library if name == "libcuda.so.1" else load(name, *rest, **how)
-    )
+    cuda, load = types.SimpleNamespace(cuDriverGetVersion=get_version), ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, *a, **k: cuda if name == "libcuda.so.1" else load(name, *a, **k))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     sound = [["cudaLaunchKernel"] * 6, ["cudaLaunchKernelExC"] * many]
     monkeypatch.setattr(torch.profiler, "profile", profiled(sound))
