@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import re
 import subprocess
@@ -130,7 +131,12 @@ def profiled(calls: list[list[str]]):
 
 @pytest.mark.parametrize(("driver", "many"), [(13000, 18), (12000, 68)])
 def test_launches_are_calls_of_the_runtime(driver, many, modules, monkeypatch):
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    def get_version(pointer) -> int:
+        pointer._obj.value = driver
+        return 0
+
+    cuda, load = types.SimpleNamespace(cuDriverGetVersion=get_version), ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, *a, **k: cuda if name == "libcuda.so.1" else load(name, *a, **k))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     sound = [["cudaLaunchKernel"] * 6, ["cudaLaunchKernelExC"] * many]
     monkeypatch.setattr(torch.profiler, "profile", profiled(sound))
