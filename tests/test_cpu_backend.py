@@ -52,14 +52,14 @@ BUGS = {
         {"if (finite)\n      for (int i = b; i < b + n; ++i)": "if (finite)\n      for (int i = b; i <= b + n; ++i)"},
         r"heap-buffer-overflow.*\n.*READ of size",
     ),
-    "an offset to a null pointer": (
+    "a shift by too many bits": (
         ADDRESS,
-        {"at<T>(row.state[k], c.begin + b) : nullptr; };": "at<T>(row.state[k], c.begin + b) : (T*)nullptr + b; };"},
-        r"offset \d+ to null pointer",
+        {"bytes >= kStreamFrom": "bytes >> (64 + n) >= kStreamFrom"},
+        r"shift exponent \d+ is too large",
     ),
-    "two threads that write one number": (
+    "a count that all threads share": (
         THREAD,
-        {"out[i] = a.adaptive": "out[i / 2] = a.adaptive"},
+        {"if (stream) end_stream();": "static int calls = 0;\n    if (stream) ++calls;"},
         r"ThreadSanitizer: data race",
     ),
 }  # fmt: skip
