@@ -27,18 +27,18 @@ bench: build
 
 # On a machine with a GPU. Its report, to be committed: make gpu-check OUT=results/gpu/h100.md
 gpu-check: build
-	$(BIN)/python -m tests.gpu.toolkit
-	$(BIN)/python -m tests.gpu_check --out $(OUT)
+	$(BIN)/python -m tests.cuda.gpu.toolkit
+	$(BIN)/python -m tests.cuda.gpu_check --out $(OUT)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/* tests/emulation/*.cpp tests/emulation/*.h tests/cpu_backend/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/cuda/emulation/*.cpp tests/cuda/emulation/*.h tests/cpu/*.h
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/* tests/emulation/*.cpp tests/emulation/*.h tests/cpu_backend/*.h
+	$(BIN)/clang-format -i csrc/* tests/cuda/emulation/*.cpp tests/cuda/emulation/*.h tests/cpu/*.h
 
 build: $(VENV)/.built
 

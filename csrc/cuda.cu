@@ -2,8 +2,8 @@
 //
 // All that a kernel is told of its tensors travels by value in its arguments, so that nothing is copied to the device,
 // nothing waits, and a CUDA graph may capture the launches. A block works on one chunk of one tensor.
-// Contraction to fused multiply-adds is off (setup.py), as on the CPU. tests/emulation compiles this very file for the
-// CPU, where SAM_SHARED and launch() are its own.
+// Contraction to fused multiply-adds is off (setup.py), as on the CPU. tests/cuda/emulation compiles this very file for
+// the CPU, where SAM_SHARED and launch() are its own.
 #include "backends.h"
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 
 - cpu: the default,
 - cuda: the same tests with every tensor on the GPU,
-- emulated: tensors on the CPU, and the CUDA backend compiled for the CPU (tests/emulation) in the place of the CPU's.
+- emulated: tensors on the CPU, and the CUDA backend compiled for the CPU (tests/cuda/emulation) in place of the CPU's.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cases import DEVICE, DEVICE_TESTS, PLACE
+from tests.helpers.cases import DEVICE, DEVICE_TESTS, PLACE
 
 if PLACE != "cpu":
-    collect_ignore = [p.name for p in Path(__file__).parent.glob("test_*.py") if p.name not in DEVICE_TESTS]
+    HERE = Path(__file__).parent
+    collect_ignore = [p for p in HERE.rglob("test_*.py") if p.relative_to(HERE).as_posix() not in DEVICE_TESTS]
 
 if PLACE == "emulated":
-    from tests.emulation.build import extension
+    from tests.cuda.emulation.build import extension
 
     assert "sam_fused" not in sys.modules, "the emulated backend must be there before sam_fused is imported"
     sys.modules["sam_fused._C"] = extension()

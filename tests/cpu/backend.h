@@ -1,4 +1,4 @@
-// csrc/cpu.cpp in the place of the CUDA backend, for tests/emulation/test_kernels.cpp; with the instruction set
+// csrc/cpu.cpp in the place of the CUDA backend, for tests/cuda/emulation/test_kernels.cpp; with the instruction set
 // SAM_ISA.
 #include <cstdlib>
 #include <random>

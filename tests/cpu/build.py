@@ -7,10 +7,10 @@ import re
 import subprocess
 from pathlib import Path
 
+from tests.helpers.paths import CSRC, ROOT
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-CSRC = ROOT / "csrc"
-HARNESS = ROOT / "tests" / "emulation" / "test_kernels.cpp"
+HARNESS = ROOT / "tests" / "cuda" / "emulation" / "test_kernels.cpp"
 #: Those of setup.py.
 FLAGS = ast.literal_eval(re.search(r"^CXX_FLAGS = (\[.*?^\])", (ROOT / "setup.py").read_text(), re.M | re.S)[1])
 
@@ -21,7 +21,7 @@ STREAMED = {**SMALL, "kStreamFrom = 1 << 23;": "kStreamFrom = 0;"}
 
 
 def kernels(folder: Path, compiler: str, flags: list[str], changes: dict[str, str]) -> tuple[Path, str]:
-    """tests/emulation/test_kernels.cpp with a csrc/cpu.cpp in which every key of ``changes`` is its value.
+    """tests/cuda/emulation/test_kernels.cpp with a csrc/cpu.cpp in which every key of ``changes`` is its value.
 
     Each key must occur once. Returns the program and what the compiler said.
     """
@@ -31,7 +31,7 @@ def kernels(folder: Path, compiler: str, flags: list[str], changes: dict[str, st
         assert source.count(old) == 1, f"csrc/cpu.cpp: expected {old!r} once, found it {source.count(old)} times"
         source = source.replace(old, new)
     (folder / "cpu.cpp").write_text(source)  # here, so that it includes the parallel.h of this folder
-    harness, backend = HARNESS.read_text(), '"../../csrc/cuda.cu"'
+    harness, backend = HARNESS.read_text(), '"../../../csrc/cuda.cu"'
     assert harness.count(backend) == 1
     (folder / "test_kernels.cpp").write_text(harness.replace(backend, '"backend.h"'))
     program = folder / "test_kernels"

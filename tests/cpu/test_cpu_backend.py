@@ -1,4 +1,4 @@
-"""The CPU backend by itself (tests/cpu_backend): its results, its machine code, its memory and its threads.
+"""The CPU backend by itself (tests/cpu): its results, its machine code, its memory and its threads.
 
 It is compiled by each compiler that there is, and for another machine where one can be emulated.
 """
@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cases import on_the_cpu
-from tests.cpu_backend.build import CSRC, FLAGS, SMALL, STREAMED, kernels
+from tests.cpu.build import CSRC, FLAGS, SMALL, STREAMED, kernels
+from tests.helpers.cases import on_the_cpu
 
 pytestmark = on_the_cpu
 ISAS = ["default", "avx2", "avx512"]

@@ -1,8 +1,8 @@
 """What to run first on a machine with a GPU: builds for it, and checks and measures what only a GPU can show.
 
     make gpu-check OUT=results/gpu/h100.md   # installs nvcc and compute-sanitizer where they are missing, too
-    python -m tests.gpu_check --out results/gpu/h100.md
-    python -m tests.gpu_check --device cpu   # a dry run: what needs a GPU is skipped
+    python -m tests.cuda.gpu_check --out results/gpu/h100.md
+    python -m tests.cuda.gpu_check --device cpu   # a dry run: what needs a GPU is skipped
 
 Prints a report in Markdown, and ends with 1 if a check failed. A timing is a number in it, never a failure.
 """
@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-import torch  # noqa: E402
+import torch
 
-from tests.gpu import toolkit  # noqa: E402
+from tests.cuda.gpu import toolkit
+from tests.helpers.paths import ROOT
 
 Check = Callable[[torch.device, bool], str]
 
@@ -45,7 +45,7 @@ def build(device: torch.device, quick: bool) -> str:
 
 
 def tests(device: torch.device, quick: bool) -> str:
-    files = ["tests/test_algorithm.py"] if quick else ["tests"]
+    files = ["tests/optimizer/test_algorithm.py"] if quick else ["tests"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     return run(command, SAM_FUSED_TEST_DEVICE=device.type).strip().splitlines()[-1]
 
@@ -56,7 +56,7 @@ def sanitizer(tool: str) -> Check:
         path = toolkit.find_sanitizer()
         if path is None:
             raise toolkit.Skip("there is no compute-sanitizer")
-        me = [sys.executable, "-m", "tests.gpu_check", "--device", device.type, "--quick", "--only", *SANITIZED]
+        me = [sys.executable, "-m", "tests.cuda.gpu_check", "--device", device.type, "--quick", "--only", *SANITIZED]
         command = toolkit.sanitizer_command(path, tool, me)
         return toolkit.sanitizer_summary(run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
 
@@ -67,7 +67,7 @@ def later(module: str, name: str) -> Check:
     """Of a module that imports sam_fused, which ``build`` may have to build first."""
 
     def check(device: torch.device, quick: bool) -> str:
-        return getattr(importlib.import_module(f"tests.gpu.{module}"), name)(device, quick)
+        return getattr(importlib.import_module(f"tests.cuda.gpu.{module}"), name)(device, quick)
 
     return check
 

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sam_fused.fused
 from sam_fused import FusedSAM
 from sam_fused.bases import native_update
-from tests.cases import DEVICE, awkward, clones, set_grads
-from tests.steps import steps_of_every_kind, with_scaler
+from tests.helpers.cases import DEVICE, awkward, clones, set_grads
+from tests.helpers.steps import steps_of_every_kind, with_scaler
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from sam_fused import _C
-from tests import sass
-
-ROOT = Path(__file__).parents[1]
+from tests.cuda import sass
+from tests.helpers.paths import ROOT
 
 STREAMS = {  # read and written, by kernel
     "norm_kernel": (1, 0),

@@ -1,4 +1,4 @@
-"""The CUDA backend's own source, run on the CPU (tests/emulation): its results, its races, and that they are found."""
+"""The CUDA backend's own source, run on the CPU (emulation/): its results, its races, and that they are found."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cases import DEVICE_TESTS, on_the_cpu
-from tests.emulation.build import SMALL, kernels, sources
+from tests.cuda.emulation.build import SMALL, kernels, sources
+from tests.helpers.cases import DEVICE_TESTS, on_the_cpu
+from tests.helpers.paths import ROOT
 
 pytestmark = on_the_cpu
-ROOT = Path(__file__).parents[1]
 TENSORS = [1, 62, 63, 64, 72, 73, 200, 499, 500, 1000, 1300, 2000]  # in a list, to count launches
 OLD = {"EMULATION_OLD_DRIVER": "1"}
 DTYPE = torch.float64  # whose weights have no room for a wrong norm
@@ -81,7 +81,7 @@ def emulated_steps(path: Path) -> Path:
     """Those that gpu_check compares with the CPU's."""
     program = (
         "import sys, tests.conftest, torch\n"
-        "from tests.gpu.checks import BASES, CPU, lists, parameters, take_steps\n"
+        "from tests.cuda.gpu.checks import BASES, CPU, lists, parameters, take_steps\n"
         f"steps = [take_steps(parameters(CPU, lists()['many'], {DTYPE}), base, **options) for base, options in BASES]\n"
         "torch.save([tuple(s) for s in steps], sys.argv[1])\n"
     )
@@ -176,7 +176,7 @@ def test_arguments_that_no_driver_takes_do_not_compile(change, tmp_path):
 
 def test_gpu_check_takes_another_backend_for_sound(done):
     """The emulated backend adds up in the order of a GPU: within gpu_check's bounds of the CPU's."""
-    from tests.gpu.checks import BASES, CPU, Steps, assert_near, lists, parameters, take_steps
+    from tests.cuda.gpu.checks import BASES, CPU, Steps, assert_near, lists, parameters, take_steps
 
     [saved] = (future.result() for future in done["gpu_check"])
     norms = 0

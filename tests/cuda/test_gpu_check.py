@@ -1,4 +1,4 @@
-"""tests/gpu_check.py without a GPU: a dry run on the CPU, and what needs the hardware with its answers written down."""
+"""gpu_check.py without a GPU: a dry run on the CPU, and what needs the hardware with its answers written down."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 
 import sam_fused.fused
 from sam_fused import _C
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 GPU_ONLY = {"build", "launches", "memcheck", "racecheck", "synccheck", "initcheck"}
 
@@ -24,8 +24,8 @@ GPU_ONLY = {"build", "launches", "memcheck", "racecheck", "synccheck", "initchec
 @pytest.fixture
 def modules(monkeypatch):
     """gpu_check and its parts, for which the CPU is a GPU."""
-    from tests import gpu_check
-    from tests.gpu import checks, timings, toolkit
+    from tests.cuda import gpu_check
+    from tests.cuda.gpu import checks, timings, toolkit
 
     for module in (checks, toolkit):
         monkeypatch.setattr(module, "need_gpu", lambda device: None)
@@ -38,7 +38,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_dry_run(tmp_path):
     out = tmp_path / "gpu" / "report.md"
-    done = command("-m", "tests.gpu_check", "--device", "cpu", "--quick", "--out", str(out))
+    done = command("-m", "tests.cuda.gpu_check", "--device", "cpu", "--quick", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     assert out.read_text() == done.stdout
     outcomes = dict(re.findall(r"^\| (\w+) \| (\w+) \|", done.stdout, re.MULTILINE))
@@ -322,7 +322,7 @@ def test_what_cannot_be_installed(options, status, message, modules, monkeypatch
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("arguments", [("-m", "tests.gpu.toolkit"), ("-m", "tests.gpu_check")], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("-m", "tests.cuda.gpu.toolkit"), ("-m", "tests.cuda.gpu_check")], ids=" ".join)
 def test_without_a_gpu_nothing_is_done(arguments):
     done = command(*arguments)
     assert done.returncode == 2

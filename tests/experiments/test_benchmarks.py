@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
 from benchmarks.speed import rivals
-from tests.cases import assert_near, set_grads
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers.cases import assert_near, set_grads
+from tests.helpers.paths import ROOT
 
 
 def run(script: str, *flags: str) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import shutil
-from pathlib import Path
 
 import pytest
 
 from benchmarks.paper import sharpness_study, table1
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
 
 
 @pytest.mark.parametrize("recipe", ["paper-text", "paper-code", "fair"])

@@ -15,18 +15,15 @@ PLACE = os.environ.get("SAM_FUSED_TEST_DEVICE", "cpu")  # see conftest.py
 DEVICE = torch.device("cuda:0" if PLACE == "cuda" else "cpu")
 #: The test files that run on every device; the others are about what is around the arithmetic.
 DEVICE_TESTS = [
-    f"test_{name}.py"
-    for name in (
-        "parity",
-        "ops",
-        "algorithm",
-        "semantics",
-        "rounding",
-        "grad_scaler",
-        "torch_optim",
-        "batchnorm",
-        "capturable",
-    )
+    "optimizer/test_parity.py",
+    "optimizer/test_ops.py",
+    "optimizer/test_algorithm.py",
+    "optimizer/test_semantics.py",
+    "optimizer/test_rounding.py",
+    "optimizer/test_torch_optim.py",
+    "optimizer/test_batchnorm.py",
+    "integrations/test_grad_scaler.py",
+    "cuda/test_capturable.py",
 ]
 on_the_cpu = pytest.mark.skipif(PLACE != "cpu", reason="is about the CPU backend")
 CHUNK = 1 << 14  # elements a chunk, as in csrc/cpu.cpp

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sam_fused import FusedSAM
-from tests.cases import assert_near
+from tests.helpers.cases import assert_near
 
 ops = torch.ops.sam_fused
 

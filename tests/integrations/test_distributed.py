@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_fused import FusedSAM, ReferenceSAM
-from tests.cases import assert_near
-from tests.pair import Pair
+from tests.helpers.cases import assert_near
+from tests.helpers.pair import Pair
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 OPTIONS = {"rho": 0.5, "lr": 0.05}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam_fused import FusedSAM, ReferenceSAM
-from tests.cases import BASES, DEVICE, assert_near, assert_same_state, awkward, clones, set_grads
+from tests.helpers.cases import BASES, DEVICE, assert_near, assert_same_state, awkward, clones, set_grads
 
 both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
 bases = pytest.mark.parametrize("base", ["sgd_dampening", "adam_amsgrad", "adamw", "rmsprop"])

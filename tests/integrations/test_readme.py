@@ -9,14 +9,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from sam_fused import FusedSAM
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 TORCHRUN = re.compile(r"# torchrun --nproc-per-node (\d+)\n")
 
 

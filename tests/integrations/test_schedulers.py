@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
 from sam_fused import FusedSAM, ReferenceSAM
-from tests.cases import assert_near, awkward, clones, set_grads
+from tests.helpers.cases import assert_near, awkward, clones, set_grads
 
 STEPS = 12
 

@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sam_fused import FusedSAM, loss_slice, measure_sharpness
 from sam_fused.sharpness import KINDS
-from tests.pair import Pair
-from tests.test_distributed import batch, fsdp, full, loss_of, network
+from tests.helpers.pair import Pair
+from tests.integrations.test_distributed import batch, fsdp, full, loss_of, network
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 LOSS = nn.functional.mse_loss

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sam_fused import FusedSAM, ReferenceSAM
-from tests.cases import generator
+from tests.helpers.cases import generator
 
 both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sam_fused import FusedSAM, ReferenceSAM
-from tests.cases import BASES, DEVICE, assert_near, assert_same_state, awkward, clones, generator, set_grads
+from tests.helpers.cases import BASES, DEVICE, assert_near, assert_same_state, awkward, clones, generator, set_grads
 
 both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from sam_fused import FusedSAM, ReferenceSAM
-from tests.cases import BASES, TOLERANCE, assert_near, assert_same_state, awkward, clones, set_grads
-from tests.test_semantics import assert_untouched, snapshot
+from tests.helpers.cases import BASES, TOLERANCE, assert_near, assert_same_state, awkward, clones, set_grads
+from tests.optimizer.test_semantics import assert_untouched, snapshot
 
 both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

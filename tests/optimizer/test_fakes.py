@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import sam_fused  # noqa: F401  (the operators)
-from tests.test_compile import operators, operators_arguments
+from tests.integrations.test_compile import operators, operators_arguments
 
 CALLED = ["grad_sq_norm", "sharpness_", "perturb_", "restore_", "perturb_", "restore_step_"]
 devices = pytest.mark.parametrize("device", ["cpu", "cuda:0", "cuda:1"])

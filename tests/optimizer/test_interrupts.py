@@ -13,7 +13,7 @@ from torch import nn
 
 import sam_fused
 from sam_fused import FusedSAM, ReferenceSAM
-from tests.cases import generator
+from tests.helpers.cases import generator
 
 PACKAGE = str(Path(sam_fused.__file__).parent)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sam_fused import _C
-from tests.cases import CHUNK, DEVICE, generator, on_the_cpu
+from tests.helpers.cases import CHUNK, DEVICE, generator, on_the_cpu
 
 OPS = torch.ops.sam_fused
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

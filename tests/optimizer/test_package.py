@@ -6,13 +6,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 
 from sam_fused.fused import BUILD_COMMAND
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
 
 
 def test_the_source_distribution_builds_by_itself(tmp_path):
@@ -39,7 +37,9 @@ def test_the_reference_never_imports_the_extension():
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", [["train.py", "--dataset", "digits"], ["-m", "pytest", "tests/test_package.py"]])
+@pytest.mark.parametrize(
+    "command", [["train.py", "--dataset", "digits"], ["-m", "pytest", "tests/optimizer/test_package.py"]]
+)
 def test_a_source_tree_that_is_not_built_says_what_to_do(command, tmp_path):
     """Python takes it rather than the sam_fused that is installed."""
     tree = tmp_path / "tree"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sam_fused import FusedSAM, ReferenceSAM
-from tests.cases import BASES, TOLERANCE, assert_near, assert_same_state, awkward, clones, generator, set_grads
+from tests.helpers.cases import BASES, TOLERANCE, assert_near, assert_same_state, awkward, clones, generator, set_grads
 
 STEPS = 30
 HALF = (torch.bfloat16, torch.float16)

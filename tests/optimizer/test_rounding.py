@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sam_fused import FusedSAM, ReferenceSAM
-from tests.cases import awkward, clones, generator, set_grads
+from tests.helpers.cases import awkward, clones, generator, set_grads
 
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])

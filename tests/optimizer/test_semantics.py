@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sam_fused.fused
 from sam_fused import _C, FusedSAM, ReferenceSAM
-from tests.cases import BASES, assert_near, awkward, clones, on_the_cpu, set_grads
-from tests.test_parity import lockstep
+from tests.helpers.cases import BASES, assert_near, awkward, clones, on_the_cpu, set_grads
+from tests.optimizer.test_parity import lockstep
 
 both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sam_fused import FusedSAM, ReferenceSAM
-from tests.cases import BASES, TOLERANCE, assert_same_state, awkward, clones, set_grads
+from tests.helpers.cases import BASES, TOLERANCE, assert_same_state, awkward, clones, set_grads
 
 pytestmark = pytest.mark.filterwarnings("ignore:step.. was called without a closure")
 both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])

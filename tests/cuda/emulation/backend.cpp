@@ -1,5 +1,5 @@
 // The CUDA backend, emulated, in the place of the CPU's.
-#include "../../csrc/cuda.cu"
+#include "../../../csrc/cuda.cu"
 
 namespace sam {
 

@@ -6,9 +6,9 @@ import subprocess
 from pathlib import Path
 from types import ModuleType
 
+from tests.helpers.paths import CSRC, ROOT
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-CSRC = ROOT / "csrc"
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
 
 #: Fewer threads, and chunks to match: what sanitizers have the time for.
@@ -46,7 +46,7 @@ def sources(folder: Path, changes: dict[str, str]) -> list[str]:
         source = source.replace(old, new)
     (folder / "cuda.cu").write_text(source)
     test = (HERE / "test_kernels.cpp").read_text()
-    (folder / "test_kernels.cpp").write_text(test.replace('"../../csrc/cuda.cu"', '"cuda.cu"'))
+    (folder / "test_kernels.cpp").write_text(test.replace('"../../../csrc/cuda.cu"', '"cuda.cu"'))
     return ["g++", *FLAGS, f"-I{CSRC}", f"-I{HERE}", f"-I{folder}", str(folder / "test_kernels.cpp")]
 
 

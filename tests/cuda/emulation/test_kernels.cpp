@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <memory>
 
-#include "../../csrc/cuda.cu"
+#include "../../../csrc/cuda.cu"
 
 using namespace sam;
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sam_fused import FusedSAM
-from tests.gpu.toolkit import Skip, need_gpu
-from tests.steps import steps_of_every_kind, with_scaler
+from tests.cuda.gpu.toolkit import Skip, need_gpu
+from tests.helpers.steps import steps_of_every_kind, with_scaler
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.speed.rivals import BASES, RIVALS, two_calls
 from sam_fused import FusedSAM
-from tests.gpu.checks import lists, parameters, synchronize
+from tests.cuda.gpu.checks import lists, parameters, synchronize
 
 CALLS = 10  # between two events: the first one's way to the device is a small part of them
 

@@ -1,6 +1,6 @@
 """What checks on a GPU need: a GPU, an nvcc of torch's CUDA version, and compute-sanitizer.
 
-python -m tests.gpu.toolkit   # installs what is missing by pip, into this Python's environment
+python -m tests.cuda.gpu.toolkit   # installs what is missing by pip, into this Python's environment
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.paths import ROOT
+
 COMPILER = ("nvcc", "cudart", "cccl", "crt")  # extras of pip's cuda-toolkit
 ERROR = 9  # the sanitizer's exit status for what it found
 
