@@ -10,10 +10,11 @@ import sam_fused.fused
 from sam_fused import FusedSAM
 from sam_fused.bases import native_update
 from tests.helpers.cases import DEVICE, awkward, clones, set_grads
+from tests.helpers.dtypes import FULL
 from tests.helpers.steps import steps_of_every_kind, with_scaler
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", FULL, ids=str)
 @pytest.mark.parametrize(("base", "options"), [(torch.optim.Adam, {"capturable": True}), (torch.optim.SGD, {})])
 def test_a_learning_rate_in_a_tensor(base, options, dtype):
     """Changed in place, in one of two groups; the bits of a float's."""

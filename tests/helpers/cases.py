@@ -18,11 +18,17 @@ DEVICE_TESTS = [
     "optimizer/test_parity.py",
     "optimizer/test_ops.py",
     "optimizer/test_algorithm.py",
-    "optimizer/test_semantics.py",
+    "optimizer/test_restoring.py",
+    "optimizer/test_protocol.py",
+    "optimizer/test_changes.py",
+    "optimizer/test_checkpoints.py",
+    "optimizer/test_errors.py",
+    "optimizer/test_devices.py",
     "optimizer/test_rounding.py",
     "optimizer/test_torch_optim.py",
     "optimizer/test_batchnorm.py",
     "integrations/test_grad_scaler.py",
+    "integrations/test_schedulers.py",
     "cuda/test_capturable.py",
 ]
 on_the_cpu = pytest.mark.skipif(PLACE != "cpu", reason="is about the CPU backend")

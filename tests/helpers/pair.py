@@ -72,3 +72,8 @@ class Pair:
             process.kill()
             process.join()
         self.processes = []
+
+
+def full(t: torch.Tensor) -> torch.Tensor:
+    """The whole of a DTensor."""
+    return t.full_tensor().detach() if hasattr(t, "full_tensor") else t.detach()

@@ -13,51 +13,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sam_fused import FusedSAM, ReferenceSAM
 from tests.helpers.cases import assert_near
-from tests.helpers.pair import Pair
+from tests.helpers.networks import batch, fsdp, loss_of, take_step, uneven
+from tests.helpers.pair import full
+from tests.helpers.sam import assert_untouched, both, snapshot
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 OPTIONS = {"rho": 0.5, "lr": 0.05}
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    pair = Pair(tmp_path_factory.mktemp("pair"))
-    yield pair
-    pair.stop()
-
-
-def network() -> nn.Module:
-    """Sizes that two processes cannot share evenly."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1)).double()
-
-
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(100 + step)
-    return torch.randn(16, 6, generator=g, dtype=torch.float64), torch.randn(16, 1, generator=g, dtype=torch.float64)
-
-
 def shard(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     x, y = batch(step)
     return x[rank::2], y[rank::2]
-
-
-def loss_of(model, x, y):
-    return nn.functional.mse_loss(model(x), y)
-
-
-def take_step(opt, model, x, y):
-    def closure():
-        opt.zero_grad()
-        loss = loss_of(model, x, y)
-        loss.backward()
-        return loss
-
-    return opt.step(closure)
-
-
-def full(t: torch.Tensor) -> torch.Tensor:
-    return t.full_tensor().detach() if hasattr(t, "full_tensor") else t.detach()
 
 
 def assert_ranks_agree(params) -> None:
@@ -80,7 +46,7 @@ class AveragedShards:
     """In one process: SAM by each shard alone, and the base's step with the mean of the shards' second gradients."""
 
     def __init__(self, base, **options) -> None:
-        self.model = network()
+        self.model = uneven()
         self.base = base(self.model.parameters(), lr=OPTIONS["lr"], **options)
         self.sharpness = [0.0, 0.0]
 
@@ -102,7 +68,7 @@ class AveragedShards:
 
 def m_sharpness(base, adaptive, form) -> None:
     rank = dist.get_rank()
-    model = DistributedDataParallel(network())
+    model = DistributedDataParallel(uneven())
     given = torch.compile(model, backend="eager") if form == "compiled" else model
     opt = FusedSAM(model.parameters(), base, adaptive=adaptive, model=given, **OPTIONS)
     expected = AveragedShards(base)
@@ -135,7 +101,7 @@ def test_ddp_perturbs_by_each_rank_alone(pair, base, adaptive, form):
 
 
 def global_perturbation(cls) -> None:
-    model, alone = DistributedDataParallel(network()), network()
+    model, alone = DistributedDataParallel(uneven()), uneven()
     opt = cls(model.parameters(), torch.optim.Adam, model=model, sync_perturbation=True, **OPTIONS)
     expected = ReferenceSAM(alone.parameters(), torch.optim.Adam, **OPTIONS)
     for step in range(4):
@@ -146,21 +112,21 @@ def global_perturbation(cls) -> None:
         assert_near(opt.sharpness, expected.sharpness, 1e-10, "sharpness of the whole batch")
 
 
-@pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
+@both
 def test_ddp_sync_perturbation_is_sam_on_the_whole_batch(pair, cls):
     pair(global_perturbation, cls)
 
 
 def static_graph() -> None:
-    model = DistributedDataParallel(network(), static_graph=True)
-    before = [p.detach().clone() for p in model.parameters()]
+    model = DistributedDataParallel(uneven(), static_graph=True)
+    before = snapshot(model.parameters())
     opt = FusedSAM(model.parameters(), torch.optim.SGD, model=model, **OPTIONS)
     x, y = shard(0, dist.get_rank())
     with pytest.raises(RuntimeError, match=r"model: DistributedDataParallel with static_graph=True.*sync_perturbation"):
         take_step(opt, model, x, y)
-    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert_untouched(model.parameters(), before)
     opt = FusedSAM(model.parameters(), torch.optim.SGD, model=model, sync_perturbation=True, **OPTIONS)
-    alone = network()
+    alone = uneven()
     expected = ReferenceSAM(alone.parameters(), torch.optim.SGD, **OPTIONS)
     for step in range(3):
         take_step(opt, model, *shard(step, dist.get_rank()))
@@ -174,7 +140,7 @@ def test_ddp_with_a_static_graph(pair):
 
 def overflow_on_one_rank(base) -> None:
     """Rank 1 overflows in its first pass, which rank 0 cannot see in its own gradients."""
-    model = DistributedDataParallel(network().float())
+    model = DistributedDataParallel(uneven().float())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     opt = FusedSAM(model.parameters(), base, model=model, scaler=scaler, **OPTIONS)
 
@@ -211,20 +177,8 @@ def test_ddp_an_overflow_on_one_rank_skips_the_step_on_all(pair, base):
 # ---- FSDP2 and DTensors ----
 
 
-def fsdp() -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (2,))
-    model = network()
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
 def fsdp_steps(base, adaptive, options) -> None:
-    model, alone = fsdp(), network()
+    model, alone = fsdp(), uneven()
     opt = FusedSAM(model.parameters(), base, adaptive=adaptive, model=model, **OPTIONS, **options)
     expected = ReferenceSAM(alone.parameters(), base, adaptive=adaptive, **OPTIONS, **options)
     for step in range(4):
@@ -241,7 +195,7 @@ def fsdp_steps(base, adaptive, options) -> None:
 def fsdp1(use_orig_params) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    model = FullyShardedDataParallel(network(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    model = FullyShardedDataParallel(uneven(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
     for cls in (FusedSAM, ReferenceSAM):
         with pytest.raises(ValueError, match=r"FullyShardedDataParallel are not supported.*fully_shard"):
             cls(model.parameters(), torch.optim.SGD, **OPTIONS)

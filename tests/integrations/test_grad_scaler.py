@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sam_fused import FusedSAM, ReferenceSAM
+from sam_fused import FusedSAM
 from tests.helpers.cases import BASES, DEVICE, assert_near, assert_same_state, awkward, clones, set_grads
+from tests.helpers.sam import assert_untouched, both, snapshot
 
-both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
 bases = pytest.mark.parametrize("base", ["sgd_dampening", "adam_amsgrad", "adamw", "rmsprop"])
 SCALE = 2.0**10
 
@@ -94,7 +94,7 @@ def test_without_the_scaler_given_the_second_pass_still_counts(cls):
     params = awkward(torch.float32)
     amp = scaler()
     opt = cls(params, torch.optim.Adam, rho=0.5)
-    before = [p.detach().clone() for p in params]
+    before = snapshot(params)
     for when in (1, 2):
         for half in (1, 2):
             set_scaled(params, half)
@@ -102,7 +102,7 @@ def test_without_the_scaler_given_the_second_pass_still_counts(cls):
                 params[0].grad[1, 2] = float("inf")
             opt.first_step() if half == 1 else amp.step(opt)
         amp.update()
-        assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+        assert_untouched(params, before)
     assert amp.get_scale() == SCALE / 2
 
 
@@ -175,13 +175,13 @@ def test_a_closure_through_the_scaler_is_refused(cls):
     params = awkward(torch.float32)
     amp = scaler()
     opt = cls(params, scaler=amp)
-    before = [p.detach().clone() for p in params]
+    before = snapshot(params)
     set_scaled(params, 0)
     opt.first_step()
     with pytest.raises(RuntimeError, match=r"a closure came through GradScaler\.step.*construct with scaler="):
         amp.step(opt, lambda: None)
     assert not opt.perturbed
-    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert_untouched(params, before)
 
 
 @both
@@ -242,21 +242,21 @@ def test_no_gradient_in_the_second_pass(base, cls):
     params = awkward(torch.float32)
     amp = scaler()
     opt = cls(params, base_cls, scaler=amp, rho=0.5, **options)
-    before = [p.detach().clone() for p in params]
+    before = snapshot(params)
     set_scaled(params, 0)
     opt.first_step(zero_grad=True)
     amp.step(opt)  # update() would raise, as it does with every optimizer
     assert not opt.perturbed
-    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert_untouched(params, before)
 
 
 @both
 def test_nothing_was_scaled(cls):
     params = awkward(torch.float32)
-    before = [p.detach().clone() for p in params]
+    before = snapshot(params)
     opt = cls(params, scaler=torch.amp.GradScaler(DEVICE.type))
     set_grads(params, 0)
     with pytest.raises(RuntimeError, match=r"scaler: .*has scaled nothing yet.*scaler\.scale\(loss\)\.backward\(\)"):
         opt.first_step()
     assert not opt.perturbed
-    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert_untouched(params, before)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
-from sam_fused import FusedSAM, ReferenceSAM
 from tests.helpers.cases import assert_near, awkward, clones, set_grads
+from tests.helpers.sam import both
 
 STEPS = 12
 
@@ -56,7 +56,7 @@ def schedule(name: str, opt: torch.optim.Optimizer):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
+@both
 @pytest.mark.parametrize("which", ["itself", "base_optimizer"])
 @pytest.mark.parametrize("base", ["SGD", "AdamW"])
 @pytest.mark.parametrize("name", NAMES)
@@ -93,7 +93,7 @@ def test_schedulers(name, base, which, cls):
     assert len(rates) > 1
 
 
-@pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
+@both
 @pytest.mark.parametrize("average", [swa_utils.get_swa_multi_avg_fn(), swa_utils.get_ema_multi_avg_fn(0.5)])
 def test_averaged_model(cls, average):
     """It averages the weights between steps, never w + eps, and update_bn finds BatchNorm tracking."""
@@ -123,3 +123,19 @@ def test_averaged_model(cls, average):
         assert_near(p.detach(), expected, 1e-7, f"params[{i}]")  # torch rounds 1 / n to float32
     inputs = torch.cat([averaged.module[0](x) for x in loader])
     assert_near(averaged.module[1].running_mean, inputs.mean(0).detach(), 1e-12, "running mean")
+
+
+@both
+@pytest.mark.parametrize("which", ["itself", "base_optimizer"])
+def test_schedulers_take_either(cls, which, recwarn):
+    params = awkward(torch.float64)[:3]
+    opt = cls(params, torch.optim.SGD, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt if which == "itself" else opt.base_optimizer, 1, 0.5)
+    for step in range(2):
+        before = params[0].detach().clone()
+        set_grads(params, step)
+        opt.first_step()
+        opt.second_step()
+        torch.testing.assert_close(params[0].detach(), before - 0.5**step * params[0].grad)
+        scheduler.step()
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]

@@ -10,19 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sam_fused import FusedSAM, loss_slice, measure_sharpness
 from sam_fused.sharpness import KINDS
-from tests.helpers.pair import Pair
-from tests.integrations.test_distributed import batch, fsdp, full, loss_of, network
+from tests.helpers.networks import batch, fsdp, loss_of, uneven
+from tests.helpers.pair import full
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 LOSS = nn.functional.mse_loss
 RHO = 0.3
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    pair = Pair(tmp_path_factory.mktemp("pair"))
-    yield pair
-    pair.stop()
 
 
 def batches(rank: int | None = None, dtype=torch.float64) -> list:
@@ -60,8 +53,8 @@ def sharded(adaptive: bool, form: str) -> None:
     else:
         shape = {"root": (2,), "replicated and sharded": (2, 1), "sharded in one": (1, 2)}[form]
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-        model = fully_shard(network(), mesh=mesh)
-    alone = network()
+        model = fully_shard(uneven(), mesh=mesh)
+    alone = uneven()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     held = [(p, p.grad, full(p).clone()) for p in model.parameters()]
@@ -96,10 +89,10 @@ def partly_sharded() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = network()
+    model = uneven()
     fully_shard(model[2], mesh=init_device_mesh("cpu", (2,)))
     rank = dist.get_rank()
-    expected = values(network(), batches(), False)
+    expected = values(uneven(), batches(), False)
     assert values(model, batches(rank), False, seed=rank) == pytest.approx(expected, rel=1e-9)
 
 
@@ -130,19 +123,19 @@ def test_tensor_parallel(pair, with_fsdp):
 
 def replicas(adaptive: bool, form: str) -> None:
     rank = dist.get_rank()
-    model = DistributedDataParallel(network(), gradient_as_bucket_view=True)
+    model = DistributedDataParallel(uneven(), gradient_as_bucket_view=True)
     given = torch.compile(model, backend="eager") if form == "compiled" else model
     loss_of(model, *batches(rank)[0]).backward()
     model.eval()
     model(batches(rank)[0][0])  # waits for a backward that does not come
     model.train()
     held = [(p, p.grad, p.grad.clone(), p.detach().clone()) for p in model.parameters()]
-    expected = values(network(), batches(), adaptive)
+    expected = values(uneven(), batches(), adaptive)
     found = values(given, batches(rank), adaptive, seed=5 * rank)
     assert found == pytest.approx(expected, rel=1e-9)
     both_agree(found)
     own = values(model.module, batches(rank), adaptive)
-    assert own == pytest.approx(values(network(), batches(rank), adaptive), rel=1e-9)
+    assert own == pytest.approx(values(uneven(), batches(rank), adaptive), rel=1e-9)
     for p, grad, value, weight in held:
         assert p.grad is grad
         assert torch.equal(grad, value)
@@ -179,13 +172,13 @@ def refusals() -> None:
     from torch.distributed.fsdp import fully_shard
 
     rank = dist.get_rank()
-    for model in (fsdp(), DistributedDataParallel(network())):
-        for uneven in (batches(rank)[: 1 + rank], batches(rank)[:rank]):
+    for model in (fsdp(), DistributedDataParallel(uneven())):
+        for some in (batches(rank)[: 1 + rank], batches(rank)[:rank]):
             with pytest.raises(ValueError, match="batches: expected as many in every process"):
-                measure_sharpness(model, LOSS, uneven, RHO)
+                measure_sharpness(model, LOSS, some, RHO)
     with pytest.raises(ValueError, match="expected a DistributedDataParallel around all of it, got one inside, '0'"):
-        measure_sharpness(nn.Sequential(DistributedDataParallel(network())), LOSS, batches(rank), RHO)
-    half = fully_shard(network().bfloat16(), mesh=init_device_mesh("cpu", (2,)))
+        measure_sharpness(nn.Sequential(DistributedDataParallel(uneven())), LOSS, batches(rank), RHO)
+    half = fully_shard(uneven().bfloat16(), mesh=init_device_mesh("cpu", (2,)))
     with pytest.raises(
         ValueError, match=r"model: 0\.weight: expected a DTensor of float32 or float64, got torch.bfloat16"
     ):
@@ -203,7 +196,7 @@ def test_what_cannot_be_measured_is_said(pair):
 def fsdp1() -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    model = FullyShardedDataParallel(network(), device_id=torch.device("cpu"))
+    model = FullyShardedDataParallel(uneven(), device_id=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"FullyShardedDataParallel \(FSDP1\) is not supported; use fully_shard"):
         measure_sharpness(model, LOSS, batches(dist.get_rank()), RHO)
 
@@ -240,7 +233,7 @@ def raises_in(kind: str) -> None:
             assert p is q
             assert torch.equal(full(p), value)
             assert p.grad is None
-    expected = measure_sharpness(network(), LOSS, batches(), RHO, "realised").value
+    expected = measure_sharpness(uneven(), LOSS, batches(), RHO, "realised").value
     assert measure_sharpness(model, LOSS, batches(rank), RHO, "realised").value == pytest.approx(expected, rel=1e-9)
 
 

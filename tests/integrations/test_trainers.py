@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from sam_fused import FusedSAM
+from tests.helpers.networks import perceptron
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -24,11 +25,6 @@ DATA = TensorDataset(torch.randn(48, 6), torch.randint(3, (48,)))
 LOADER = DataLoader(DATA, batch_size=8)
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-
-
 def make(model: nn.Module, rho: float = 0.3, **options) -> tuple[FusedSAM, torch.optim.lr_scheduler.StepLR]:
     opt = FusedSAM(model.parameters(), torch.optim.AdamW, lr=0.05, rho=rho, model=model, **options)
     return opt, torch.optim.lr_scheduler.StepLR(opt, 5, 0.5)
@@ -36,7 +32,7 @@ def make(model: nn.Module, rho: float = 0.3, **options) -> tuple[FusedSAM, torch
 
 def plain_loop(accumulate: int = 1, bf16: bool = False, rho: float = 0.3) -> dict[str, torch.Tensor]:
     """The weights and statistics that every trainer has to end with."""
-    model = network()
+    model = perceptron(3)
     opt, scheduler = make(model, rho)
     batches = list(LOADER) * EPOCHS
     for start in range(0, len(batches), accumulate):
@@ -62,7 +58,7 @@ def assert_same(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
 class Automatic(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net = network()
+        self.net = perceptron(3)
         self.calls = 0
 
     def loss(self, batch) -> torch.Tensor:
@@ -239,7 +235,7 @@ settings = pytest.mark.parametrize(
 @settings
 @pytest.mark.parametrize("closure_form", [True, False])
 def test_accelerate(accelerator, closure_form):
-    model = network()
+    model = perceptron(3)
     model, opt, scheduler, loader = accelerator.prepare(model, *make(model), LOADER)
     for x, y in list(loader) * EPOCHS:
 
@@ -263,7 +259,7 @@ def test_accelerate(accelerator, closure_form):
 @pytest.mark.parametrize("accelerator", [{"gradient_accumulation_steps": 3}], indirect=True)
 def test_accelerate_accumulates(accelerator):
     """While accumulating its step does nothing, the closure included: that goes through the batches held so far."""
-    model = network()
+    model = perceptron(3)
     model, opt, scheduler, loader = accelerator.prepare(model, *make(model), LOADER)
     held = []
 
@@ -286,7 +282,7 @@ def test_accelerate_accumulates(accelerator):
 def test_accelerate_resumes(accelerator, tmp_path):
     ends = []
     for resumed in (False, True):
-        model = network()
+        model = perceptron(3)
         model, opt, scheduler, loader = accelerator.prepare(model, *make(model), LOADER)
         for epoch in range(EPOCHS):
             if resumed and epoch == 0:
@@ -309,7 +305,7 @@ def test_accelerate_resumes(accelerator, tmp_path):
 
 
 def test_accelerates_wrapper_hides_first_step(accelerator):
-    model = network()
+    model = perceptron(3)
     opt = accelerator.prepare(make(model)[0])
     with pytest.raises(AttributeError, match="first_step"):
         opt.first_step()
@@ -317,7 +313,7 @@ def test_accelerates_wrapper_hides_first_step(accelerator):
 
 def loop_with_scaler(first_step: bool = False, closure_form: bool = False) -> nn.Module:
     """What accelerate makes with mixed_precision="fp16", which needs a GPU. A power of two scales without rounding."""
-    model = network()
+    model = perceptron(3)
     amp = torch.amp.GradScaler("cpu", init_scale=2.0**4)
     inner, scheduler = make(model, scaler=amp)
     opt = AcceleratedOptimizer(inner, scaler=amp)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_fused import FusedSAM, ReferenceSAM
+from tests.helpers.sam import both
 
 
 def parameter(*values: float) -> nn.Parameter:
@@ -28,9 +28,6 @@ def step(opt, params, curvature) -> None:
 
 def near(p, *values: float) -> None:
     torch.testing.assert_close(p.detach(), torch.tensor(values, dtype=torch.float64), rtol=1e-11, atol=0)
-
-
-both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
 
 
 @both

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from sam_fused import FusedSAM, ReferenceSAM
+from sam_fused import FusedSAM
 from tests.helpers.cases import generator
-
-both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
+from tests.helpers.sam import both
 
 
 def network() -> nn.Module:

@@ -11,12 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from sam_fused import FusedSAM, ReferenceSAM
+from sam_fused import FusedSAM
 from tests.helpers.cases import BASES, TOLERANCE, assert_near, assert_same_state, awkward, clones, set_grads
-from tests.optimizer.test_semantics import assert_untouched, snapshot
-
-both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from tests.helpers.dtypes import DTYPES, FULL
+from tests.helpers.sam import assert_untouched, both, snapshot
 
 
 def on_disk(thing):
@@ -120,6 +118,47 @@ def assert_still_an_optimizer(params, opt) -> None:
 
 
 @both
+def test_deepcopy_and_pickle(cls):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    opt = cls(model.parameters(), torch.optim.AdamW, lr=0.1, rho=0.2, model=model)
+    x = torch.randn(8, 4)
+
+    def step(m, o):
+        def closure():
+            o.zero_grad()
+            loss = m(x).square().mean()
+            loss.backward()
+            return loss
+
+        o.step(closure)
+
+    step(model, opt)
+    copies = [copy.deepcopy((model, opt)), pickle.loads(pickle.dumps((model, opt)))]
+    step(model, opt)
+    for m, o in copies:
+        assert o.model is m
+        step(m, o)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), m.parameters(), strict=True))
+        assert torch.equal(o.sharpness, opt.sharpness)
+        assert torch.equal(o.mean_sharpness(), opt.mean_sharpness(reset=False))
+        assert o.base_optimizer.param_groups is o.param_groups
+
+
+def test_state_dict_needs_no_pickle():
+    params = awkward(torch.float32)
+    opt = FusedSAM(params, torch.optim.Adam)
+    set_grads(params, 0)
+    opt.first_step()
+    opt.second_step()
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    assert file.tell() < 3 * sum(p.numel() * 4 for p in params)  # two moments, and no backup
+    file.seek(0)
+    opt.load_state_dict(torch.load(file, weights_only=True))
+
+
+@both
 @pytest.mark.parametrize("base", ["sgd_momentum", "adam", "rmsprop"])
 def test_back_to_an_earlier_checkpoint(base, cls):
     """In the same optimizer, whose lists are made already."""
@@ -166,7 +205,7 @@ def test_into_another_dtype_as_torch_does(new, old, base, cls):
         for key, value in plain.state[q].items():
             assert opt.state[p][key].dtype == value.dtype, f"params[{i}], {key}"
             assert torch.equal(opt.state[p][key], value), f"params[{i}], {key}"
-    if new in (torch.float32, torch.float64):  # in half types torch rounds after every operation
+    if new in FULL:  # in half types torch rounds after every operation
         steps(mine, opt, [3])
         set_grads(theirs, 7, skip=frozenset({4, 5, 40}))
         plain.step()
@@ -202,3 +241,125 @@ def test_a_checkpoint_that_does_not_fit(cls):
         opt.load_state_dict(cls([{"params": params[:2]}, {"params": params[2:]}]).state_dict())
     with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
         opt.load_state_dict(cls(params[:3]).state_dict())
+
+
+@both
+@pytest.mark.parametrize("key", ["exp_avg", "step"])
+def test_loaded_state_of_another_shape(cls, key):
+    params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(2))]
+    opt = cls(params, torch.optim.Adam, lr=0.1, rho=0.0)
+    set_grads(params, 0)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][1][key] = torch.ones(1, 2) if key == "step" else torch.ones(1)
+    before = snapshot(params)
+    opt.load_state_dict(saved)
+    with pytest.raises((RuntimeError, ValueError), match=r"shape|elements|size|Scalars|broadcast"):
+        opt.step()
+    if cls is FusedSAM:
+        with pytest.raises(ValueError, match=rf"param_groups\[0\]\['params'\]\[1\], state '{key}': expected"):
+            opt.step()
+        assert_untouched(params, before)
+
+
+# ---- to and from the plain base ----
+
+
+def run(opt, params, steps, sam=False, seed=0) -> None:
+    for step in range(steps):
+        set_grads(params, seed + step, skip=frozenset({step % 5}))
+        if sam:
+            opt.first_step()
+            set_grads(params, 77 + seed + step)
+        opt.step()
+
+
+@both
+@pytest.mark.parametrize("base", BASES)
+def test_a_plain_checkpoint_loads_and_goes_on(base, cls):
+    base_cls, options = BASES[base]
+    theirs = awkward(torch.float64)
+    plain = base_cls(theirs, **options, foreach=False)
+    run(plain, theirs, 3)
+    mine = clones(theirs)
+    opt = cls(mine, base_cls, rho=0.3, **options)
+    opt.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert opt.param_groups[0]["rho"] == 0.3
+    run(plain, theirs, 4, seed=50)
+    run(opt, mine, 4, seed=50)
+    assert_same_state(opt, plain, 1e-12, "after loading")
+
+
+@both
+@pytest.mark.parametrize("base", BASES)
+def test_our_checkpoint_loads_into_the_plain_base(base, cls):
+    base_cls, options = BASES[base]
+    mine = awkward(torch.float64)
+    opt = cls(mine, base_cls, **options)
+    run(opt, mine, 3, sam=True)
+    state = opt.state_dict()
+    assert {"rho", "adaptive", "eta"} <= state["param_groups"][0].keys()
+    theirs = clones(mine)
+    plain = base_cls(theirs, **options, foreach=False)
+    expected = {k: v for k, v in plain.state_dict()["param_groups"][0].items() if k not in ("params", "foreach")}
+    assert expected.items() <= state["param_groups"][0].items()
+    plain.load_state_dict(copy.deepcopy(state))
+    run(plain, theirs, 4, seed=50)
+    run(opt, mine, 4, seed=50)
+    assert_same_state(opt, plain, 1e-12, "after loading")
+
+
+@both
+@pytest.mark.parametrize("base", BASES)
+def test_resume_is_bit_identical(base, cls, tmp_path):
+    base_cls, options = BASES[base]
+    params = awkward(torch.float32)
+    opt = cls(params, base_cls, **options)
+    run(opt, params, 3, sam=True)
+    torch.save({"opt": opt.state_dict(), "params": params}, tmp_path / "checkpoint.pt")
+    run(opt, params, 4, sam=True, seed=50)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    again = clones(saved["params"])
+    other = cls(again, base_cls, **options)
+    other.load_state_dict(saved["opt"])
+    run(other, again, 4, sam=True, seed=50)
+    assert all(torch.equal(p, q) for p, q in zip(params, again, strict=True))
+
+
+@both
+def test_load_into_the_base_optimizer(cls):
+    """The base is the same optimizer: what is loaded there is seen here."""
+    theirs = awkward(torch.float64)
+    plain = torch.optim.Adam(theirs, foreach=False)
+    run(plain, theirs, 3)
+    mine = clones(theirs)
+    opt = cls(mine, torch.optim.Adam)
+    run(opt, mine, 1)
+    for p, q in zip(mine, theirs, strict=True):
+        p.data.copy_(q.data)
+    opt.base_optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    run(plain, theirs, 2, seed=9)
+    run(opt, mine, 2, seed=9)
+    assert_same_state(opt, plain, 1e-12, "after loading")
+
+
+@both
+def test_state_dict_hooks(cls):
+    """As torch calls them; a hook may make a checkpoint into another one, of the plain base even."""
+    params = awkward(torch.float64)[:3]
+    opt = cls(params, torch.optim.Adam, lr=0.5, rho=0.3)
+    calls = []
+    opt.register_state_dict_pre_hook(lambda o: calls.append("save"))
+    opt.register_state_dict_post_hook(lambda o, state: {"wrapped": state})
+    opt.register_load_state_dict_pre_hook(lambda o, state: state["wrapped"])
+    opt.register_load_state_dict_post_hook(lambda o: calls.append("loaded"))
+    run(opt, params, 2, sam=True)
+    saved = copy.deepcopy(opt.state_dict())
+    run(opt, params, 1, sam=True)
+    opt.load_state_dict(saved)
+    assert calls == ["save", "loaded"]
+    assert torch.equal(opt.state[params[0]]["exp_avg"], saved["wrapped"]["state"][0]["exp_avg"])
+    opt.load_state_dict({"wrapped": torch.optim.Adam(clones(params), lr=0.1).state_dict()})
+    assert opt.param_groups[0]["lr"] == 0.1
+    assert opt.param_groups[0]["rho"] == 0.3
+    run(opt, params, 1, sam=True)

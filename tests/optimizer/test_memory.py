@@ -1,15 +1,17 @@
-"""What tensors may look like in memory: lazily negated, overlapping, expanded, of another dtype than expected."""
+"""Memory: lazily negated, overlapping, expanded, of another dtype than expected; and how much of it is taken."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from sam_fused import FusedSAM, ReferenceSAM
-from tests.helpers.cases import BASES, assert_near, assert_same_state, awkward, clones, generator, set_grads
-
-both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
+from sam_fused import _C, FusedSAM
+from tests.helpers.cases import BASES, assert_near, assert_same_state, awkward, clones, generator, on_the_cpu, set_grads
+from tests.helpers.sam import both
 
 
 def negated(t: torch.Tensor) -> torch.Tensor:
@@ -202,3 +204,41 @@ def test_default_device(cls):
         assert not all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
         opt.second_step()
     assert all(v.device == p.device for p in params for v in opt.state[p].values())
+
+
+# ---- how much of it ----
+
+
+@on_the_cpu
+def test_a_step_allocates_nothing_but_the_backup():
+    params = [nn.Parameter(torch.randn(1 << 18)) for _ in range(8)]
+    size = sum(p.numel() * 4 for p in params)
+    opt = FusedSAM(params, torch.optim.SGD, lr=0.1)
+    for expected in (size, 0):  # the backup is kept
+        set_grads(params, 0)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            opt.first_step()
+            opt.second_step()
+        got = sum(max(0, e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+        assert expected <= got < expected + 4096
+
+
+@on_the_cpu
+def test_more_than_2_to_the_31_elements():
+    """Offsets past 32 bits; zeros that NumPy has not touched and that are only read cost no memory."""
+    n = (1 << 31) + 5
+    available = next(
+        int(x.split()[1]) for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable")
+    )
+    if available < 7 << 20:
+        pytest.skip(f"needs 7 GiB of memory, {available >> 20} GiB available")
+    g, backup = (torch.from_numpy(np.zeros(n, np.int16)).view(torch.bfloat16) for _ in range(2))
+    w = torch.empty(n, dtype=torch.bfloat16)
+    g[-3:] = 1
+    backup[-3:] = 5
+    ascent = torch.tensor([[1.0, 0, 0]], dtype=torch.float64)
+    assert _C.grad_sq_norm([g], [g], ascent, [1]).item() == 3
+    hyper = torch.tensor([[1.0, 0, 0, 0, 0, 0]], dtype=torch.float64)
+    _C.restore_step_("sgd", [w], [g], [backup], [], [], hyper, [1])
+    assert w[-4:].tolist() == [0, 4, 4, 4]
+    assert w[: 1 << 20].count_nonzero() == 0

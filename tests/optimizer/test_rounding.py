@@ -8,9 +8,10 @@ from torch import nn
 
 from sam_fused import FusedSAM, ReferenceSAM
 from tests.helpers.cases import awkward, clones, generator, set_grads
+from tests.helpers.dtypes import HALF
+from tests.helpers.sam import both
 
-halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
+halves = pytest.mark.parametrize("dtype", HALF, ids=str)
 
 
 @halves

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sam_fused.sharpness
 from sam_fused import FusedSAM, loss_slice, measure_sharpness
+from tests.helpers.dtypes import HALF
+from tests.helpers.sam import assert_untouched, snapshot
 
 RHO, ETA = 0.3, 0.01
 KINDS = ["first_order", "realised", "average"]
@@ -337,7 +339,7 @@ def test_a_compiled_model():
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALF)
 def test_16_bits_are_evaluated_in_float32(dtype, training):
     """At a radius where w + eps is mostly w in 16 bits: within 0.1 % of float64."""
     model = network(dtype).train(training)
@@ -445,12 +447,12 @@ def unusable(which: str) -> nn.Module:
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_that_cannot_be_moved(which, message, kind):
     model = unusable(which)
-    before = [p.detach().clone() for p in model.parameters()]
+    before = snapshot(model.parameters())
     with pytest.raises(ValueError, match=message):
         measure_sharpness(model, mean, [(torch.ones(2), torch.zeros(2))], RHO, kind)
     with pytest.raises(ValueError, match=message):
         loss_slice(model, mean, [(torch.ones(2), torch.zeros(2))], [0.1])
-    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert_untouched(model.parameters(), before)
 
 
 def test_neighbours_in_one_memory_are_fine():

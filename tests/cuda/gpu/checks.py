@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from sam_fused import FusedSAM
 from tests.cuda.gpu.toolkit import Skip, need_gpu
+from tests.helpers.dtypes import DTYPES
 from tests.helpers.steps import steps_of_every_kind, with_scaler
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 Sizes = list[tuple[int, ...]]
 

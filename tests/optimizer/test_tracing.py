@@ -1,4 +1,7 @@
-"""Tracing without the tensors' memory, and so without a GPU: fakes of CUDA parameters beside rows on the CPU."""
+"""Tracing the operators.
+
+Mostly without the tensors' memory, and so without a GPU: fakes of CUDA parameters beside rows on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,32 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import sam_fused  # noqa: F401  (the operators)
-from tests.integrations.test_compile import operators, operators_arguments
 
 CALLED = ["grad_sq_norm", "sharpness_", "perturb_", "restore_", "perturb_", "restore_step_"]
 devices = pytest.mark.parametrize("device", ["cpu", "cuda:0", "cuda:1"])
+ops = torch.ops.sam_fused
+
+
+def operators(params, grads, backups, state, steps, ascent, total, hyper):
+    sq = ops.grad_sq_norm(params, grads, ascent, [1, 1])
+    measured = ops.sharpness_(sq, ascent, total)
+    norm = measured.select(0, 2)  # [2] would look for a fake's GPU, in torch 2.6
+    ops.perturb_(params, grads, backups, norm, ascent, [1, 1])
+    moved = [p.clone() for p in params]
+    ops.restore_(params, backups)
+    ops.perturb_(params, grads, backups, norm, ascent, [1, 1])
+    ops.restore_step_("adam", params, grads, backups, state, steps, hyper, [1, 1])
+    return measured, moved
+
+
+def operators_arguments(device: str = "cpu"):
+    g = torch.Generator().manual_seed(0)
+    tensors = [[torch.randn(n, generator=g).to(device) for n in (5, 40)] for _ in range(3)]
+    state = [torch.zeros(n, device=device) for n in (5, 40) * 2]
+    steps = [torch.zeros((), device=device) for _ in range(2)]
+    ascent = torch.tensor([[0.5, 0.0, 0.0], [0.2, 0.1, 1.0]], dtype=torch.float64)
+    hyper = torch.tensor([[0.1, 0.0, 0.0, 0.9, 0.999, 1e-8, 0.0]] * 2, dtype=torch.float64)
+    return *tensors, state, steps, ascent, torch.zeros(2, device=device).double(), hyper
 
 
 def fake_arguments(device: str) -> tuple[FakeTensorMode, tuple]:
@@ -86,3 +111,15 @@ def test_they_can_be_functionalized(device):
     values = [v for node in nodes for v in tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
     assert values
     assert {str(v.device) for v in values} == {device}
+
+
+def test_the_operators_trace():
+    eager, traced = operators_arguments(), operators_arguments()
+    expected = operators(*eager)
+    torch._dynamo.reset()
+    compiled = torch.compile(operators, fullgraph=True, backend="aot_eager")
+    actual = compiled(*traced)
+    torch._dynamo.reset()
+    assert torch.equal(actual[0], expected[0])
+    for mine, theirs in zip([actual[1], *traced[:5]], [expected[1], *eager[:5]], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))

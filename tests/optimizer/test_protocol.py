@@ -1,0 +1,140 @@
+"""The order of calls: two passes, a closure, steps without SAM."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers.cases import assert_near, awkward, clones, set_grads
+from tests.helpers.sam import both
+
+
+@both
+def test_calls_out_of_order(cls):
+    params = awkward(torch.float32)[:2]
+    opt = cls(params)
+    set_grads(params, 0)
+    opt.first_step()
+    calls = [
+        opt.first_step,
+        opt.measure_sharpness,
+        opt.state_dict,
+        lambda: opt.load_state_dict({}),
+        lambda: copy.deepcopy(opt),
+        lambda: pickle.dumps(opt),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"while the weights are perturbed; call second_step\(\)"):
+            call()
+    opt.second_step()
+    opt.second_step()  # a plain base step
+    opt.state_dict()
+
+
+@both
+def test_step_returns_the_first_loss(cls):
+    w = nn.Parameter(torch.tensor([2.0]))
+    opt = cls([w], torch.optim.SGD, lr=0.1)
+    losses = []
+
+    def closure():
+        opt.zero_grad()
+        loss = (w**2).sum()
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    assert opt.step(closure).item() == losses[0] == 4.0
+    assert losses[1] > 4.0
+
+
+@both
+def test_a_closure_after_first_step_makes_the_second_pass(cls):
+    """Lightning calls step with a closure that does nothing where the user gave none."""
+    mine = awkward(torch.float64)
+    opt = cls(mine, torch.optim.Adam)
+    twins = [clones(mine) for _ in range(2)]
+    others = [cls(params, torch.optim.Adam) for params in twins]
+
+    def closure():
+        set_grads(twins[0], 1)
+        return "the loss"
+
+    for o, params in ((opt, mine), *zip(others, twins, strict=True)):
+        set_grads(params, 0)
+        o.first_step()
+    set_grads(mine, 1)
+    opt.second_step()
+    assert others[0].step(closure) == "the loss"
+    set_grads(twins[1], 1)
+    assert others[1].step(lambda: None) is None
+    for params in twins:
+        assert all(torch.equal(p, q) for p, q in zip(mine, params, strict=True))
+
+
+@both
+def test_sam_every_kth_step(cls):
+    """Steps without first_step are the base's."""
+    mine, theirs = awkward(torch.float64), awkward(torch.float64)
+    opt, plain = cls(mine, torch.optim.AdamW), torch.optim.AdamW(theirs)
+    for step in range(6):
+        set_grads(mine, step)
+        if step % 3 == 0:
+            opt.first_step()
+            set_grads(mine, step + 50)
+        opt.step()
+        set_grads(theirs, step + 50 if step % 3 == 0 else step)
+        plain.step()
+    for p, q in zip(mine, theirs, strict=True):
+        assert_near(p.detach(), q.detach(), 1e-12, "params")
+
+
+@both
+def test_a_warning_where_sam_is_never_on(cls, recwarn):
+    """A trainer that calls step() alone would train without SAM, and nobody would know."""
+
+    def warned(first=None, **options) -> list[str]:
+        w = nn.Parameter(torch.ones(3))
+        w.grad = torch.ones(3)
+        opt = cls([w], **options)
+        if first is not None:
+            getattr(opt, first)()
+        opt.step()
+        copy.deepcopy(opt).step()
+        opt.step()
+        return [(w.filename, str(w.message)) for w in (recwarn.pop() for _ in range(len(recwarn)))]
+
+    ((file, message),) = warned()
+    assert file == __file__
+    assert "this is the step of Adam, without SAM" in message
+    for quiet in ({"rho": 0.0}, {"first": "first_step"}, {"first": "measure_sharpness"}):
+        assert warned(**quiet) == []
+
+
+@both
+@pytest.mark.parametrize("closure_form", [True, False])
+def test_step_hooks(cls, closure_form):
+    """Once a step, around the update; in step(closure) around both passes."""
+    params = awkward(torch.float64)[:3]
+    opt = cls(params, torch.optim.Adam)
+    calls = []
+    opt.register_step_pre_hook(lambda *_: calls.append("pre"))
+    opt.register_step_post_hook(lambda *_: calls.append("post"))
+
+    def closure():
+        set_grads(params, 0)
+        calls.append("closure")
+
+    if closure_form:
+        opt.step(closure)
+        assert calls == ["pre", "closure", "closure", "post"]
+    else:
+        set_grads(params, 0)
+        opt.first_step()
+        assert calls == []
+        opt.second_step()
+        assert calls == ["pre", "post"]
