@@ -167,28 +167,24 @@ SAM_FN void perturb_chunk(const Row& row, const Chunk& c, const Ascent& ascent, 
 #endif
 
 // One block of an update, from `from` to `to`, which may be the same.
-template <class T, class Base, class Update>
-SAM_FN void update_block(const Update& update, int n, T* to, const T* from, const T* __restrict g, T* __restrict s0,
-                         T* __restrict s1, T* __restrict s2) {
+template <class T, class Update, class... State>
+SAM_FN void update_block(const Update& update, int n, T* to, const T* from, const T* __restrict g,
+                         State* __restrict... states) {
   using A = arithmetic_t<T>;
   SAM_IVDEP
   for (int i = 0; i < n; ++i) {
     A w = load(from[i]);
-    A state[kMaxStates] = {};
-    if constexpr (Base::states > 0) state[0] = load(s0[i]);
-    if constexpr (Base::states > 1) state[1] = load(s1[i]);
-    if constexpr (Base::states > 2) state[2] = load(s2[i]);
+    A state[sizeof...(states) + 1] = {load(states[i])...};
     update(w, load(g[i]), state);
-    if constexpr (Base::states > 0) store(s0[i], state[0]);
-    if constexpr (Base::states > 1) store(s1[i], state[1]);
-    if constexpr (Base::states > 2) store(s2[i], state[2]);
+    [[maybe_unused]] const A* next = state;
+    (store(states[i], *next++), ...);
     store(to[i], w);
   }
 }
 
 template <class T, class Base>
-SAM_FN void restore_step_chunk(const Row& row, const Chunk& c, const double* hyper, const typename Base::Step& step,
-                               double grad_scale, bool stream) {
+SAM_FN void restore_step_chunk(const Row& row, const Chunk& c, const typename Base::Hyper& hyper,
+                               const typename Base::Step& step, double grad_scale, bool stream) {
   const typename Base::template Update<arithmetic_t<T>> update(hyper, step, grad_scale);
   T* w = at<T>(row.param, c.begin);
   const T* from = row.backup ? at<const T>(row.backup, c.begin) : w;
@@ -198,8 +194,9 @@ SAM_FN void restore_step_chunk(const Row& row, const Chunk& c, const double* hyp
   for (int b = 0; b < c.size; b += kBlock) {
     const int n = std::min(kBlock, c.size - b);
     T* to = past_cache ? fresh : w + b;
-    const auto state = [&](int k) { return k < Base::states ? at<T>(row.state[k], c.begin + b) : nullptr; };
-    update_block<T, Base>(update, n, to, from + b, g + b, state(0), state(1), state(2));
+    [&]<size_t... K>(std::index_sequence<K...>) __attribute__((always_inline)) {
+      update_block(update, n, to, from + b, g + b, at<T>(row.state[K], c.begin + b)...);
+    }(std::make_index_sequence<Base::states>());
     if (past_cache) copy(w + b, fresh, n * sizeof(T), true);
   }
 }
@@ -289,10 +286,12 @@ void restore(const Queue&, const Table& table) {
   });
 }
 
-// The rows of hyper-parameters, which begin with the learning rate, with those of `lr` unless it is null.
-std::vector<double> with_lr(const double* hyper, const double* lr, int64_t n_groups, int64_t hypers) {
-  std::vector<double> rows(hyper, hyper + n_groups * hypers);
-  for (int64_t g = 0; lr && g < n_groups; ++g) rows[g * hypers] = lr[g];
+// The rows of hyper-parameters, with the learning rates of `lr` unless it is null.
+template <class Hyper>
+std::vector<Hyper> with_lr(const double* hyper, const double* lr, int64_t n_groups) {
+  const auto* first = reinterpret_cast<const Hyper*>(hyper);
+  std::vector<Hyper> rows(first, first + n_groups);
+  for (int64_t g = 0; lr && g < n_groups; ++g) rows[g].lr = lr[g];
   return rows;
 }
 
@@ -304,9 +303,7 @@ void restore_step(const Queue& queue, const Table& table, int base, const double
     if (row.step) *row.step += 1;
   with_base(base, [&](auto b) {
     using Base = decltype(b);
-    const auto row_of = [rows = with_lr(hyper, lr, table.back().group + 1, Base::hypers)](int32_t group) {
-      return rows.data() + group * Base::hypers;
-    };
+    const auto rows = with_lr<typename Base::Hyper>(hyper, lr, table.back().group + 1);
     // One Step a row; rows of one group mostly have one count.
     std::vector<typename Base::Step> steps;
     steps.reserve(table.size());
@@ -315,12 +312,12 @@ void restore_step(const Queue& queue, const Table& table, int base, const double
       if (r > 0 && table[r].group == table[r - 1].group && count(table[r]) == count(table[r - 1]))
         steps.push_back(steps.back());
       else
-        steps.emplace_back(row_of(table[r].group), count(table[r]));
+        steps.emplace_back(rows[table[r].group], count(table[r]));
     }
     for_chunks(table, [&](const Chunk& c, int64_t, bool stream) __attribute__((always_inline)) {
       const Row& row = table[c.row];
       with_dtype(row.dtype, [&](auto t) __attribute__((always_inline)) {
-        restore_step_chunk<decltype(t), Base>(row, c, row_of(row.group), steps[c.row], scale, stream);
+        restore_step_chunk<decltype(t), Base>(row, c, rows[row.group], steps[c.row], scale, stream);
       });
     });
   });

@@ -305,9 +305,9 @@ struct Preparation {
     bool wide;      // float64
   };
   static constexpr int kGroups = 16;
-  static constexpr int kMax = (kSmall - kOther - kGroups * Base::hypers * sizeof(double)) / sizeof(Row);
+  static constexpr int kMax = (kSmall - kOther - kGroups * sizeof(typename Base::Hyper)) / sizeof(Row);
   int32_t n = 0, first_row = 0, first_group = 0;
-  double hyper[kGroups][Base::hypers];
+  typename Base::Hyper hyper[kGroups];
   Row rows[kMax];
 };
 
@@ -319,9 +319,8 @@ __global__ void __launch_bounds__(kThreads)
   const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (i >= all.n || (found_inf && *found_inf != 0)) return;
   const auto& row = all.rows[i];
-  double hyper[Base::hypers];
-  for (int k = 0; k < Base::hypers; ++k) hyper[k] = all.hyper[row.group][k];
-  if (lr) hyper[0] = lr[all.first_group + row.group];
+  typename Base::Hyper hyper = all.hyper[row.group];
+  if (lr) hyper.lr = lr[all.first_group + row.group];
   const typename Base::Step step(hyper, row.step ? * row.step += 1 : 0);
   const double scale = grad_scale ? *grad_scale : 1;
   void* slot = slots + all.first_row + i;
@@ -478,8 +477,8 @@ void restore(const Queue& queue, const Table& table) {
 }
 
 template <class Base>
-void prepare(const Queue& queue, const Table& table, const double* hyper, const double* lr, const float* grad_scale,
-             const float* found_inf, Slot<Base>* slots) {
+void prepare(const Queue& queue, const Table& table, const typename Base::Hyper* hyper, const double* lr,
+             const float* grad_scale, const float* found_inf, Slot<Base>* slots) {
   Preparation<Base> all;
   const auto flush = [&](size_t next) {
     if (all.n > 0)
@@ -493,7 +492,7 @@ void prepare(const Queue& queue, const Table& table, const double* hyper, const 
     if (all.n == all.kMax || row.group - all.first_group >= all.kGroups) flush(r);
     if (all.n == 0) all.first_group = row.group;
     const int group = row.group - all.first_group;
-    std::copy_n(hyper + row.group * Base::hypers, Base::hypers, all.hyper[group]);
+    all.hyper[group] = hyper[row.group];
     all.rows[all.n++] = {row.step, group, row.dtype == DType::kDouble};
   }
   flush(table.size());
@@ -504,7 +503,7 @@ void restore_step(const Queue& queue, const Table& table, int base, const double
   with_base(base, [&]<class Base>(Base) {
     using E = UpdateEntry<Base>;
     auto* slots = static_cast<Slot<Base>*>(queue.allocate(sizeof(Slot<Base>) * table.size()));
-    prepare<Base>(queue, table, hyper, lr, grad_scale, found_inf, slots);
+    prepare<Base>(queue, table, reinterpret_cast<const typename Base::Hyper*>(hyper), lr, grad_scale, found_inf, slots);
     for_entries<E>(
         table,
         [&](E& e, const Row& row, int r) {

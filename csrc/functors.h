@@ -1,6 +1,7 @@
 // The maths of SAM and of its base optimizers, one element at a time: the one place where it is written down.
 // Every backend runs these functors. Scalars are prepared in double and rounded once to the arithmetic type A.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <utility>
@@ -66,37 +67,41 @@ struct Sharpness {
 };
 
 // ---- base optimizers ----
-// A base names its row of hyper-parameters, how many state tensors it has, and whether it counts steps. Its Step is
-// what the step count decides, made once for each count; Update<A> is made once a chunk, and called once an element
-// with the weight, the gradient and the element's states.
+// A base has its hyper-parameters, a row of doubles in the order of its entry in sam_fused/bases.py, with the learning
+// rate first; how many state tensors it has, and whether it counts steps. Its Step is what the step count decides, made
+// once for each count; Update<A> is made once a chunk, and called once an element with the weight, the gradient and the
+// element's states.
 
-// torch.optim.SGD: lr, weight_decay, maximize, momentum, dampening, nesterov.
+// torch.optim.SGD, without dampening.
 template <bool kMomentum>
 struct SgdBase {
   static constexpr const char* name = kMomentum ? "sgd_momentum" : "sgd";
-  static constexpr int states = kMomentum, hypers = 6;
+  static constexpr int states = kMomentum;
   static constexpr bool counts_steps = false;
 
+  struct Hyper {
+    double lr, weight_decay, maximize, momentum, nesterov;
+  };
+
   struct Step {
-    SAM_FN Step(const double* /*h*/, double /*count*/) {}
+    SAM_FN Step(const Hyper&, double /*count*/) {}
   };
 
   template <class A>
   struct Update {
-    A lr, weight_decay, gain, momentum, undamped;
+    A lr, weight_decay, gain, momentum;
     bool nesterov;
-    SAM_FN Update(const double* h, const Step&, double grad_scale)
-        : lr(static_cast<A>(h[0])),
-          weight_decay(static_cast<A>(h[1])),
-          gain(static_cast<A>((h[2] != 0 ? -1 : 1) / grad_scale)),
-          momentum(static_cast<A>(h[3])),
-          undamped(static_cast<A>(1 - h[4])),
-          nesterov(h[5] != 0) {}
+    SAM_FN Update(const Hyper& h, const Step&, double grad_scale)
+        : lr(static_cast<A>(h.lr)),
+          weight_decay(static_cast<A>(h.weight_decay)),
+          gain(static_cast<A>((h.maximize != 0 ? -1 : 1) / grad_scale)),
+          momentum(static_cast<A>(h.momentum)),
+          nesterov(h.nesterov != 0) {}
     SAM_FN void operator()(A& w, A g, A* state) const {
       g = gain * g;
       if (weight_decay != 0) g += weight_decay * w;
       if constexpr (kMomentum) {
-        state[0] = momentum * state[0] + undamped * g;
+        state[0] = momentum * state[0] + g;
         g = nesterov ? g + momentum * state[0] : state[0];
       }
       w -= lr * g;
@@ -106,36 +111,39 @@ struct SgdBase {
 using Sgd = SgdBase<false>;
 using SgdMomentum = SgdBase<true>;
 
-// torch.optim.Adam and AdamW: lr, weight_decay, maximize, beta1, beta2, eps, decoupled_weight_decay.
+// torch.optim.Adam and AdamW.
 // States: exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq.
 template <bool kAmsgrad>
 struct AdamBase {
   static constexpr const char* name = kAmsgrad ? "adam_amsgrad" : "adam";
-  static constexpr int states = kAmsgrad ? 3 : 2, hypers = 7;
+  static constexpr int states = kAmsgrad ? 3 : 2;
   static constexpr bool counts_steps = true;
+
+  struct Hyper {
+    double lr, weight_decay, maximize, beta1, beta2, eps, decoupled_weight_decay;
+  };
 
   struct Step {  // the bias corrections
     double correction1, sqrt_correction2;
-    SAM_FN Step(const double* h, double count)
-        : correction1(1 - std::pow(h[3], count)), sqrt_correction2(std::sqrt(1 - std::pow(h[4], count))) {}
+    SAM_FN Step(const Hyper& h, double count)
+        : correction1(1 - std::pow(h.beta1, count)), sqrt_correction2(std::sqrt(1 - std::pow(h.beta2, count))) {}
   };
 
   template <class A>
   struct Update {
     A decay, weight_decay, gain, lerp, beta2, one_minus_beta2, eps, step_size, inv_sqrt_correction2;
     bool from_avg;
-    SAM_FN Update(const double* h, const Step& step, double grad_scale) {
-      const double lr = h[0], beta1 = h[3], b2 = h[4];
-      const bool decoupled = h[6] != 0;
-      decay = static_cast<A>(decoupled ? 1 - lr * h[1] : 1);
-      weight_decay = static_cast<A>(decoupled ? 0 : h[1]);
-      gain = static_cast<A>((h[2] != 0 ? -1 : 1) / grad_scale);
-      from_avg = 1 - beta1 < 0.5;
-      lerp = static_cast<A>(from_avg ? 1 - beta1 : -beta1);
-      beta2 = static_cast<A>(b2);
-      one_minus_beta2 = static_cast<A>(1 - b2);
-      eps = static_cast<A>(h[5]);
-      step_size = static_cast<A>(lr / step.correction1);
+    SAM_FN Update(const Hyper& h, const Step& step, double grad_scale) {
+      const bool decoupled = h.decoupled_weight_decay != 0;
+      decay = static_cast<A>(decoupled ? 1 - h.lr * h.weight_decay : 1);
+      weight_decay = static_cast<A>(decoupled ? 0 : h.weight_decay);
+      gain = static_cast<A>((h.maximize != 0 ? -1 : 1) / grad_scale);
+      from_avg = 1 - h.beta1 < 0.5;
+      lerp = static_cast<A>(from_avg ? 1 - h.beta1 : -h.beta1);
+      beta2 = static_cast<A>(h.beta2);
+      one_minus_beta2 = static_cast<A>(1 - h.beta2);
+      eps = static_cast<A>(h.eps);
+      step_size = static_cast<A>(h.lr / step.correction1);
       inv_sqrt_correction2 = static_cast<A>(1 / step.sqrt_correction2);
     }
     SAM_FN void operator()(A& w, A g, A* state) const {
@@ -156,7 +164,9 @@ using AdamAmsgrad = AdamBase<true>;
 
 // The registry: ops look a base up by its name, backends by its place here.
 using Bases = std::tuple<Sgd, SgdMomentum, Adam, AdamAmsgrad>;
-constexpr int kMaxStates = 3;
+constexpr int kMaxStates = []<class... Base>(std::tuple<Base...>*) {
+  return std::max({Base::states...});
+}(static_cast<Bases*>(nullptr));
 
 // Calls f(Base{}) for the base at `index` of Bases.
 template <class F>

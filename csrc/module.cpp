@@ -4,8 +4,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "adapter.h"
 #include "backends.h"
-#include "ops.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -17,60 +17,76 @@ const at::Tensor& tensor_of(PyObject* object, const char* name) {
   return THPVariable_Unpack(object);
 }
 
-// Borrows the tensors of a list, which must outlive the result; None gives nullptr where it is allowed.
-sam::Refs refs(const py::list& list, const char* name, bool optional = false) {
-  const Py_ssize_t n = PyList_GET_SIZE(list.ptr());
-  sam::Refs out(n);
-  for (Py_ssize_t i = 0; i < n; ++i) {
-    PyObject* item = PyList_GET_ITEM(list.ptr(), i);
-    out[i] = optional && item == Py_None ? nullptr : &tensor_of(item, name);
+// What Python passes: lists, whose tensors are borrowed. The operation runs without the GIL.
+struct Python {
+  template <class P>
+  struct Type {
+    using type = P;
+  };
+  template <class P>
+  using In = typename Type<P>::type;
+  template <class P>
+  struct Held {
+    In<P> value;
+    const char* /*name*/ _;
+    operator P() const { return value; }
+  };
+  using Running = py::gil_scoped_release;
+};
+template <>
+struct Python::Type<const sam::Refs&> {
+  using type = const py::list&;
+};
+template <>
+struct Python::Type<const sam::OptionalRefs&> {
+  using type = const py::list&;
+};
+template <>
+struct Python::Type<std::string_view> {
+  using type = const std::string&;
+};
+template <>
+struct Python::Type<sam::Sizes> {
+  using type = const std::vector<int64_t>&;
+};
+template <>
+struct Python::Held<const sam::Refs&> {
+  sam::Refs refs;
+  Held(const py::list& list, const char* name) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i)
+      refs.push_back(&tensor_of(PyList_GET_ITEM(list.ptr(), i), name));
   }
-  return out;
-}
-
-std::vector<int64_t> sizes_of(const py::list& list) { return py::cast<std::vector<int64_t>>(list); }
-
-at::Tensor grad_sq_norm(const py::list& params, const py::list& grads, const at::Tensor& ascent,
-                        const py::list& group_sizes) {
-  const auto p = refs(params, "params"), g = refs(grads, "grads");
-  const auto sizes = sizes_of(group_sizes);
-  const py::gil_scoped_release no_gil;
-  return sam::grad_sq_norm(p, g, ascent, sizes);
-}
-
-// Python looks for interrupts between two bytecodes. So `entry` goes on `record` in here, when nothing can fail any
-// more and nothing has moved: at no moment are weights perturbed that are not on record.
-void perturb_(const py::list& params, const py::list& grads, const py::list& backups, const at::Tensor& grad_norm,
-              const at::Tensor& ascent, const py::list& group_sizes, std::optional<py::list> record,
-              const py::object& entry) {
-  const auto p = refs(params, "params"), g = refs(grads, "grads"), b = refs(backups, "backups");
-  const auto sizes = sizes_of(group_sizes);
-  const py::gil_scoped_release no_gil;
-  sam::perturb_(p, g, b, grad_norm, ascent, sizes, [&] {
-    const py::gil_scoped_acquire gil;
-    if (record) record->append(entry);
-  });
-}
-
-void restore_(const py::list& params, const py::list& backups) {
-  const auto p = refs(params, "params"), b = refs(backups, "backups");
-  const py::gil_scoped_release no_gil;
-  sam::restore_(p, b);
-}
-
-// Empties `record` when the weights have been updated: they then need no backup any more.
-void restore_step_(const std::string& base, const py::list& params, const py::list& grads, const py::list& backups,
-                   const py::list& state, const py::list& steps, const at::Tensor& hyper, const py::list& group_sizes,
-                   const sam::Scalar& lr, const sam::Scalar& grad_scale, const sam::Scalar& found_inf,
-                   std::optional<py::list> record) {
-  const auto p = refs(params, "params"), g = refs(grads, "grads"), b = refs(backups, "backups", true),
-             s = refs(state, "state"), t = refs(steps, "steps");
-  const auto sizes = sizes_of(group_sizes);
-  {
-    const py::gil_scoped_release no_gil;
-    sam::restore_step_(base, p, g, b, s, t, hyper, sizes, lr, grad_scale, found_inf);
+  operator const sam::Refs&() const { return refs; }
+};
+template <>
+struct Python::Held<const sam::OptionalRefs&> {
+  sam::OptionalRefs refs;
+  Held(const py::list& list, const char* name) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i) {
+      PyObject* const item = PyList_GET_ITEM(list.ptr(), i);
+      refs.push_back(item == Py_None ? nullptr : &tensor_of(item, name));
+    }
   }
-  if (record) record->attr("clear")();
+  operator const sam::OptionalRefs&() const { return refs; }
+};
+
+// Defines `name`, with the names and defaults of its arguments. Its keyword `hook` takes a function that is called at
+// the moment that ops.h says. Python looks for interrupts between two bytecodes, so a hook without bytecode, such as a
+// list's own method, cannot be parted from the operation by one.
+template <auto op, class R, class... P, class... Args>
+void define(py::module& m, const char* name, R (*)(const sam::Hook&, P...), const Args&... args) {
+  const auto call = [names = std::array{args.name...}](Python::In<P>... in, const py::object& hook) {
+    const sam::Hook with_gil = [&hook] {
+      const py::gil_scoped_acquire gil;
+      hook();
+    };
+    return sam::Call<Python, op>::with(hook.is_none() ? sam::Hook() : with_gil, names, in...);
+  };
+  m.def(name, torch::wrap_pybind_function(call), args..., "hook"_a = py::none());
+}
+template <auto op, class... Args>
+void define(py::module& m, const char* name, const Args&... args) {
+  define<op>(m, name, op, args...);
 }
 
 // A 64-bit hash of numbers one after the other. What is compared by it is not chosen by anyone, so two different inputs
@@ -136,15 +152,13 @@ uint64_t contents(const py::dict& state) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "sam_fused's compiled part. Importing it registers torch.ops.sam_fused, whose operators it has too.";
-  m.def("grad_sq_norm", torch::wrap_pybind_function(grad_sq_norm), "params"_a, "grads"_a, "ascent"_a, "group_sizes"_a);
-  m.def("sharpness_", torch::wrap_pybind_function(sam::sharpness_), "sq_norms"_a, "ascent"_a, "total"_a,
-        "grad_scale"_a = py::none());
-  m.def("perturb_", torch::wrap_pybind_function(perturb_), "params"_a, "grads"_a, "backups"_a, "grad_norm"_a,
-        "ascent"_a, "group_sizes"_a, "record"_a = py::none(), "entry"_a = py::none());
-  m.def("restore_", torch::wrap_pybind_function(restore_), "params"_a, "backups"_a);
-  m.def("restore_step_", torch::wrap_pybind_function(restore_step_), "base"_a, "params"_a, "grads"_a, "backups"_a,
-        "state"_a, "steps"_a, "hyper"_a, "group_sizes"_a, "lr"_a = py::none(), "grad_scale"_a = py::none(),
-        "found_inf"_a = py::none(), "record"_a = py::none());
+  const auto none = [](const char* name) { return py::arg(name) = py::none(); };
+  define<sam::grad_sq_norm>(m, "grad_sq_norm", "params"_a, "grads"_a, "ascent"_a, "group_sizes"_a);
+  define<sam::sharpness_>(m, "sharpness_", "sq_norms"_a, "ascent"_a, "total"_a, none("grad_scale"));
+  define<sam::perturb_>(m, "perturb_", "params"_a, "grads"_a, "backups"_a, "grad_norm"_a, "ascent"_a, "group_sizes"_a);
+  define<sam::restore_>(m, "restore_", "params"_a, "backups"_a);
+  define<sam::restore_step_>(m, "restore_step_", "base"_a, "params"_a, "grads"_a, "backups"_a, "state"_a, "steps"_a,
+                             "hyper"_a, "group_sizes"_a, none("lr"), none("grad_scale"), none("found_inf"));
   m.def("gather", torch::wrap_pybind_function(gather));
   m.def("contents", contents);
 #if defined(SAM_CUDA)

@@ -9,6 +9,7 @@
 
 #include <deque>
 
+#include "adapter.h"
 #include "backends.h"
 
 #if defined(SAM_CUDA)
@@ -270,7 +271,7 @@ int find_base(std::string_view name) {
 
 // ---- operators ----
 
-Tensor grad_sq_norm(const Refs& params, const Refs& grads, const Tensor& ascent, Sizes group_sizes) {
+Tensor grad_sq_norm(const Hook&, const Refs& params, const Refs& grads, const Tensor& ascent, Sizes group_sizes) {
   Rows rows(params, group_sizes);
   rows.grads(grads);
   const int64_t n = static_cast<int64_t>(group_sizes.size());
@@ -281,7 +282,8 @@ Tensor grad_sq_norm(const Refs& params, const Refs& grads, const Tensor& ascent,
   return out;
 }
 
-Tensor sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Tensor& total, const Scalar& grad_scale) {
+Tensor sharpness_(const Hook&, const Tensor& sq_norms, const Tensor& ascent, const Tensor& total,
+                  const Scalar& grad_scale) {
   const int64_t n = sq_norms.numel();
   const double* squares = check_doubles(sq_norms, "sq_norms", n, sq_norms.device());
   const Ascent* groups = check_ascent(ascent, n);
@@ -294,8 +296,8 @@ Tensor sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Tensor& to
   return out;
 }
 
-void perturb_(const Refs& params, const Refs& grads, const Refs& backups, const Tensor& grad_norm, const Tensor& ascent,
-              Sizes group_sizes, const std::function<void()>& begin) {
+void perturb_(const Hook& begin, const Refs& params, const Refs& grads, const Refs& backups, const Tensor& grad_norm,
+              const Tensor& ascent, Sizes group_sizes) {
   Rows rows(params, group_sizes);
   rows.grads(grads);
   rows.backups(backups);
@@ -307,16 +309,16 @@ void perturb_(const Refs& params, const Refs& grads, const Refs& backups, const 
   bump_versions(backups);
 }
 
-void restore_(const Refs& params, const Refs& backups) {
+void restore_(const Hook&, const Refs& params, const Refs& backups) {
   Rows rows(params, {static_cast<int64_t>(params.size())});
   rows.saved(backups);
   const Target on(*params[0]);
   rows.write([&](const Table& t) { on.backend.restore(on.queue, t); });
 }
 
-void restore_step_(std::string_view base, const Refs& params, const Refs& grads, const Refs& backups, const Refs& state,
-                   const Refs& steps, const Tensor& hyper, Sizes group_sizes, const Scalar& lr,
-                   const Scalar& grad_scale, const Scalar& found_inf) {
+void restore_step_(const Hook& done, std::string_view base, const Refs& params, const Refs& grads,
+                   const OptionalRefs& backups, const Refs& state, const Refs& steps, const Tensor& hyper,
+                   Sizes group_sizes, const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf) {
   const int index = find_base(base);
   Rows rows(params, group_sizes);
   rows.grads(grads);
@@ -325,7 +327,8 @@ void restore_step_(std::string_view base, const Refs& params, const Refs& grads,
   with_base(index, [&](auto b) {
     rows.state(state, b.states);
     if (b.counts_steps) rows.steps(steps);
-    values = check_rows(hyper, "hyper", static_cast<int64_t>(group_sizes.size()), b.hypers);
+    values = check_rows(hyper, "hyper", static_cast<int64_t>(group_sizes.size()),
+                        static_cast<int64_t>(sizeof(typename decltype(b)::Hyper) / sizeof(double)));
   });
   const at::Device device = params[0]->device();
   const double* rates = lr ? check_doubles(*lr, "lr", static_cast<int64_t>(group_sizes.size()), device) : nullptr;
@@ -335,42 +338,60 @@ void restore_step_(std::string_view base, const Refs& params, const Refs& grads,
   rows.write([&](const Table& t) { on.backend.restore_step(on.queue, t, index, values, rates, scale, skip); });
   bump_versions(state);
   bump_versions(steps);
+  if (done) done();
 }
 
 // ---- torch.ops.sam_fused ----
 
 namespace {
 
-using List = std::vector<Tensor>;
-using OptionalList = c10::List<std::optional<Tensor>>;  // the one spelling of Tensor?[] that torch unboxes
-
-Refs refs(const List& list) {
-  Refs out;
-  for (const Tensor& t : list) out.push_back(&t);
-  return out;
-}
-Refs refs(const std::vector<std::optional<Tensor>>& list) {
-  Refs out;
-  for (const std::optional<Tensor>& t : list) out.push_back(t.has_value() ? &*t : nullptr);
-  return out;
-}
-
-struct Eager {
-  static Tensor grad_sq_norm(const List& params, const List& grads, const Tensor& ascent, Sizes sizes) {
-    return sam::grad_sq_norm(refs(params), refs(grads), ascent, sizes);
+// What the dispatcher passes.
+struct Ops {
+  template <class P>
+  struct Type {
+    using type = P;
+  };
+  template <class P>
+  using In = typename Type<P>::type;
+  template <class P>
+  struct Held {
+    In<P> value;
+    const char* /*name*/ _;
+    operator P() const { return value; }
+  };
+  struct Running {
+    Running() {}
+  };
+};
+template <>
+struct Ops::Type<const Refs&> {
+  using type = const std::vector<Tensor>&;
+};
+template <>
+struct Ops::Type<const OptionalRefs&> {
+  using type = const c10::List<std::optional<Tensor>>&;  // the one spelling of Tensor?[] that torch unboxes
+};
+template <>
+struct Ops::Type<std::string_view> {
+  using type = c10::string_view;
+};
+template <>
+struct Ops::Held<const Refs&> {
+  Refs refs;
+  Held(const std::vector<Tensor>& list, const char*) {
+    for (const Tensor& t : list) refs.push_back(&t);
   }
-  static void perturb_(const List& params, const List& grads, const List& backups, const Tensor& norm,
-                       const Tensor& ascent, Sizes sizes) {
-    sam::perturb_(refs(params), refs(grads), refs(backups), norm, ascent, sizes);
+  operator const Refs&() const { return refs; }
+};
+template <>
+struct Ops::Held<const OptionalRefs&> {
+  std::vector<std::optional<Tensor>> tensors;
+  OptionalRefs refs;
+  Held(const c10::List<std::optional<Tensor>>& list, const char*) : tensors(list.vec()) {
+    for (const std::optional<Tensor>& t : tensors) refs.push_back(t.has_value() ? &*t : nullptr);
   }
-  static void restore_(const List& params, const List& backups) { sam::restore_(refs(params), refs(backups)); }
-  static void restore_step_(c10::string_view base, const List& params, const List& grads, const OptionalList& backups,
-                            const List& state, const List& steps, const Tensor& hyper, Sizes sizes, const Scalar& lr,
-                            const Scalar& grad_scale, const Scalar& found_inf) {
-    const std::vector<std::optional<Tensor>> held = backups.vec();
-    sam::restore_step_({base.data(), base.size()}, refs(params), refs(grads), refs(held), refs(state), refs(steps),
-                       hyper, sizes, lr, grad_scale, found_inf);
-  }
+  Held(Held&&) = default;  // moves the vector, and what refs point to stays
+  operator const OptionalRefs&() const { return refs; }
 };
 
 }  // namespace
@@ -391,15 +412,15 @@ TORCH_LIBRARY(sam_fused, m) {
       "Tensor? found_inf=None) -> ()");
 }
 
-void register_eager(torch::Library& m) {
-  m.impl("grad_sq_norm", Eager::grad_sq_norm);
-  m.impl("sharpness_", sharpness_);
-  m.impl("perturb_", Eager::perturb_);
-  m.impl("restore_", Eager::restore_);
-  m.impl("restore_step_", Eager::restore_step_);
+void implement(torch::Library& m) {
+  m.impl("grad_sq_norm", Call<Ops, grad_sq_norm>::run);
+  m.impl("sharpness_", Call<Ops, sharpness_>::run);
+  m.impl("perturb_", Call<Ops, perturb_>::run);
+  m.impl("restore_", Call<Ops, restore_>::run);
+  m.impl("restore_step_", Call<Ops, restore_step_>::run);
 }
-TORCH_LIBRARY_IMPL(sam_fused, CPU, m) { register_eager(m); }
-TORCH_LIBRARY_IMPL(sam_fused, CUDA, m) { register_eager(m); }
+TORCH_LIBRARY_IMPL(sam_fused, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(sam_fused, CUDA, m) { implement(m); }
 
 // None of the operators is differentiable.
 TORCH_LIBRARY_IMPL(sam_fused, Autograd, m) {

@@ -13,32 +13,39 @@ namespace sam {
 // One pointer a tensor, owned by the caller: copying a tensor handle that only Python holds takes the GIL. In an
 // optional list nullptr stands for None.
 using Refs = std::vector<const at::Tensor*>;
+struct OptionalRefs : Refs {
+  using Refs::Refs;
+};
 using Sizes = at::IntArrayRef;
 using Scalar = std::optional<at::Tensor>;
 
+// An operation calls its hook at one moment, which its comment names; empty, it is not called.
+using Hook = std::function<void()>;
+
 // Squared norms ||T g||^2 of the groups, float64 [groups]. `ascent` is float64 [groups, 3]: rho, eta, adaptive.
-at::Tensor grad_sq_norm(const Refs& params, const Refs& grads, const at::Tensor& ascent, Sizes group_sizes);
+at::Tensor grad_sq_norm(const Hook&, const Refs& params, const Refs& grads, const at::Tensor& ascent,
+                        Sizes group_sizes);
 
 // {grad_norm, sharpness, norm}, float64 [3]: the first two divided by `grad_scale` (float32, one element) if it is
 // given, the last of the gradients as they are. A finite sharpness is added to `total`, float64 {sum, count}.
-at::Tensor sharpness_(const at::Tensor& sq_norms, const at::Tensor& ascent, const at::Tensor& total,
+at::Tensor sharpness_(const Hook&, const at::Tensor& sq_norms, const at::Tensor& ascent, const at::Tensor& total,
                       const Scalar& grad_scale);
 
-// Saves params to backups and adds rho T^2 g / grad_norm; only saves them where grad_norm is not finite. Calls `begin`,
-// unless it is empty, after the last check and before anything moves.
-void perturb_(const Refs& params, const Refs& grads, const Refs& backups, const at::Tensor& grad_norm,
-              const at::Tensor& ascent, Sizes group_sizes, const std::function<void()>& begin = {});
+// Saves params to backups and adds rho T^2 g / grad_norm; only saves them where grad_norm is not finite. The hook comes
+// after the last check and before anything moves.
+void perturb_(const Hook& begin, const Refs& params, const Refs& grads, const Refs& backups,
+              const at::Tensor& grad_norm, const at::Tensor& ascent, Sizes group_sizes);
 
 // Copies backups to params.
-void restore_(const Refs& params, const Refs& backups);
+void restore_(const Hook&, const Refs& params, const Refs& backups);
 
 // One step of `base` from the backups (optional, one by one) or from params. `state` is the base's state lists one
 // after the other; `steps` are float32 step counters, which it advances, empty for a base that counts none; `hyper` is
-// float64 [groups, hyper-parameters], in the order of the base's functor; `lr`, float64 [groups] on the device, takes
+// float64 [groups, hyper-parameters], in the order of the base's Hyper; `lr`, float64 [groups] on the device, takes
 // the place of its learning rates. Gradients are divided by `grad_scale`; where `found_inf` is not 0 the backups are
-// restored and nothing else happens (float32, one element each, on the device).
-void restore_step_(std::string_view base, const Refs& params, const Refs& grads, const Refs& backups, const Refs& state,
-                   const Refs& steps, const at::Tensor& hyper, Sizes group_sizes, const Scalar& lr,
-                   const Scalar& grad_scale, const Scalar& found_inf);
+// restored and nothing else happens (float32, one element each, on the device). The hook comes when all is done.
+void restore_step_(const Hook& done, std::string_view base, const Refs& params, const Refs& grads,
+                   const OptionalRefs& backups, const Refs& state, const Refs& steps, const at::Tensor& hyper,
+                   Sizes group_sizes, const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf);
 
 }  // namespace sam

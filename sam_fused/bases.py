@@ -1,96 +1,142 @@
 """Which base optimizers have a native update, and what it needs from a parameter group.
 
-A native update is a functor of ``csrc/functors.h``; an entry here says by which ``torch.optim`` class it is used,
-which ``torch.optim`` state keys it moves, and in which order its hyper-parameters come.
+A base has three places: its functor in ``csrc/functors.h``, its entry here, and its function in ``reference.py``.
+Tests, benchmarks and the cost model take what they need from the entry.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-Group = dict[str, Any]
+from .arithmetic import Group
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Update:
     """A functor of the extension.
 
     Attributes:
         name: the functor's name.
         state: ``torch.optim``'s keys of the state tensors, in the functor's order.
-        hyper: a group's hyper-parameters as floats, in the functor's order, the learning rate first.
+        hyper: the hyper-parameters in the order of the functor's Hyper, the learning rate first, each with the value
+            that the operators are tested with: sums of few powers of two, so that no rounding hides a wrong number.
         counts_steps: whether the state has a ``step``.
+        fixed: hyper-parameters that a group may lack.
     """
 
     name: str
     state: tuple[str, ...]
-    hyper: Callable[[Group], tuple[float, ...]]
+    hyper: Mapping[str, float]
     counts_steps: bool = False
+    fixed: Mapping[str, float] = field(default_factory=dict)
+
+    def row(self, group: Group) -> tuple[float, ...]:
+        """A group's hyper-parameters."""
+        return tuple(self._value(group, name) for name in self.hyper)
+
+    def _value(self, group: Group, name: str) -> float:
+        if name == "lr":  # NaN for a tensor on a device, where the update reads it itself
+            lr = group["lr"]
+            return math.nan if isinstance(lr, Tensor) and not lr.is_cpu else float(lr)
+        if name in ("beta1", "beta2"):
+            return float(group["betas"][name == "beta2"])
+        return float(group[name] if name in group else self.fixed[name])
 
 
-def _lr(group: Group) -> float:
-    """The learning rate; NaN for a tensor on a device, where the update reads it itself."""
-    lr = group["lr"]
-    return math.nan if isinstance(lr, Tensor) and not lr.is_cpu else float(lr)
+@dataclass(frozen=True)
+class Native:
+    """A class of ``torch.optim`` whose updates the extension has.
+
+    Attributes:
+        updates: all of them.
+        choose: the one for a group's options, or None where the base's own step must be called.
+        samples: options that tests and benchmarks run it with, by name.
+    """
+
+    updates: tuple[Update, ...]
+    choose: Callable[[Group], Update | None]
+    samples: Mapping[str, dict[str, Any]]
 
 
-def _sgd_hyper(group: Group) -> tuple[float, ...]:
-    keys = ("weight_decay", "maximize", "momentum")
-    return (_lr(group), *(float(group[key]) for key in keys), 0.0, float(group["nesterov"]))
+_SGD_HYPER = {"lr": 0.125, "weight_decay": 2**-7, "maximize": 0.0, "momentum": 0.5, "nesterov": 1.0}
+_SGD = (Update("sgd", (), _SGD_HYPER), Update("sgd_momentum", ("momentum_buffer",), _SGD_HYPER))
 
 
-def _adam_hyper(decoupled: bool) -> Callable[[Group], tuple[float, ...]]:
-    def hyper(group: Group) -> tuple[float, ...]:
-        decay = group.get("decoupled_weight_decay", decoupled)
-        values = (group["weight_decay"], group["maximize"], *group["betas"], group["eps"], decay)
-        return (_lr(group), *map(float, values))
-
-    return hyper
+def _choose_sgd(group: Group) -> Update | None:
+    if group["momentum"] and group["dampening"]:  # which the base's first step leaves out
+        return None
+    return _SGD[bool(group["momentum"])]
 
 
-_SGD = Update("sgd", (), _sgd_hyper)
-_SGD_MOMENTUM = Update("sgd_momentum", ("momentum_buffer",), _sgd_hyper)
+_ADAM_HYPER = {
+    "lr": 0.125,
+    "weight_decay": 2**-7,
+    "maximize": 1.0,
+    "beta1": 0.875,
+    "beta2": 1 - 2**-6,
+    "eps": 2**-13,
+    "decoupled_weight_decay": 1.0,
+}
 
 
 def _adams(decoupled: bool) -> tuple[Update, Update]:
-    hyper = _adam_hyper(decoupled)
-    state = ("exp_avg", "exp_avg_sq")
+    moments = ("exp_avg", "exp_avg_sq")
+    fixed = {"decoupled_weight_decay": float(decoupled)}  # AdamW's groups have it since torch 2.7
     return (
-        Update("adam", state, hyper, counts_steps=True),
-        Update("adam_amsgrad", (*state, "max_exp_avg_sq"), hyper, counts_steps=True),
+        Update("adam", moments, _ADAM_HYPER, counts_steps=True, fixed=fixed),
+        Update("adam_amsgrad", (*moments, "max_exp_avg_sq"), _ADAM_HYPER, counts_steps=True, fixed=fixed),
     )
 
 
 _ADAM, _ADAMW = _adams(decoupled=False), _adams(decoupled=True)
 
-#: From a base class to the native update of one of its groups.
-NATIVE: dict[type[Optimizer], Callable[[Group], Update]] = {
-    torch.optim.SGD: lambda group: _SGD_MOMENTUM if group["momentum"] else _SGD,
-    torch.optim.Adam: lambda group: _ADAM[bool(group["amsgrad"])],
-    torch.optim.AdamW: lambda group: _ADAMW[bool(group["amsgrad"])],
+NATIVE: dict[type[Optimizer], Native] = {
+    torch.optim.SGD: Native(
+        _SGD,
+        _choose_sgd,
+        {
+            "sgd": {"lr": 0.1},
+            "sgd_momentum": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4},
+            "sgd_nesterov": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "maximize": True},
+        },
+    ),
+    torch.optim.Adam: Native(
+        _ADAM,
+        lambda group: _ADAM[bool(group["amsgrad"])],
+        {
+            "adam": {"lr": 1e-2},
+            "adam_coupled": {"lr": 1e-2, "weight_decay": 1e-2, "betas": (0.4, 0.9), "eps": 1e-6},
+            "adam_amsgrad": {"lr": 1e-2, "amsgrad": True, "maximize": True},
+        },
+    ),
+    torch.optim.AdamW: Native(
+        _ADAMW,
+        lambda group: _ADAMW[bool(group["amsgrad"])],
+        {
+            "adamw": {"lr": 1e-2, "weight_decay": 0.1},
+            "adamw_amsgrad": {"lr": 1e-2, "amsgrad": True},
+        },
+    ),
 }
+
+#: By the functor's name; Adam's and AdamW's differ in ``fixed`` alone.
+UPDATES = {update.name: update for native in NATIVE.values() for update in native.updates}
 
 
 def native_update(base: Optimizer, group: Group) -> Update | None:
     """The native update of ``group``, or None where ``base`` has none and its own ``step`` must be called.
 
     Only the classes of :data:`NATIVE` themselves count: a subclass may compute something else. ``foreach`` and
-    ``fused`` choose among equal implementations and are not looked at. Left to the base are betas that are tensors, and
-    SGD's dampening, which its first step leaves out.
+    ``fused`` choose among equal implementations and are not looked at. Betas that are tensors are left to the base.
     """
-    choose = NATIVE.get(type(base))
-    if (
-        choose is None
-        or group.get("differentiable")
-        or (group.get("momentum") and group.get("dampening"))
-        or any(isinstance(b, Tensor) for b in group.get("betas", ()))
-    ):
+    native = NATIVE.get(type(base))
+    if native is None or group.get("differentiable") or any(isinstance(b, Tensor) for b in group.get("betas", ())):
         return None
-    return choose(group)
+    return native.choose(group)

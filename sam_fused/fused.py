@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -320,9 +321,8 @@ class Fused(Arithmetic):
             self._backups[p] = new
         return [self._backups[p] for p in params]
 
-    # ---- the arithmetic; torch.compile leaves it as it is, as it does torch.optim's own loading and adding ----
+    # ---- the arithmetic; hooks without bytecode, which no interrupt can part from their operator (module.cpp) ----
 
-    @torch._disable_dynamo
     def measure(self, total: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, Any]:
         plan, grads = self._gather()
         calls = [(batch, batch.pick(grads), batch.pack(_ascent_row)) for batch in plan.ascent]
@@ -338,7 +338,6 @@ class Fused(Arithmetic):
             ascents = torch.cat([none, *(ascent for *_, ascent in calls)])
         return _C.sharpness_(sq_norms, ascents, total, grad_scale), calls
 
-    @torch._disable_dynamo
     def perturb(self, measured: tuple[Tensor, Any]) -> None:
         values, calls = measured
         record = self.record = []
@@ -346,16 +345,15 @@ class Fused(Arithmetic):
             if not batch.backups:
                 batch.backups = self._backups_of(batch.params)
             norm = values[NORM].to(batch.device)
-            _C.perturb_(batch.local_params(), g, batch.backups, norm, ascent, batch.sizes, record, batch)
+            on_record = partial(record.append, batch)
+            _C.perturb_(batch.local_params(), g, batch.backups, norm, ascent, batch.sizes, hook=on_record)
             batch.mark_changed()
 
-    @torch._disable_dynamo
     def restore(self) -> None:
         for batch in self.record or []:
             _restore(list(zip(batch.params, batch.backups, strict=True)))
         self.record = None
 
-    @torch._disable_dynamo
     def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         plan, grads = self._gather()
         if plan.composed:
@@ -373,6 +371,7 @@ class Fused(Arithmetic):
         if plan.matched is None or plan.matched != (self.record or []):
             self._match(plan)
         _restore(plan.leftover)
+        off_record = None if self.record is None else self.record.clear
         for batch in plan.descent:
             _C.restore_step_(
                 batch.update.name,
@@ -381,12 +380,12 @@ class Fused(Arithmetic):
                 batch.backups,
                 batch.state,
                 batch.steps,
-                batch.pack(batch.update.hyper),
+                batch.pack(batch.update.row),
                 batch.sizes,
                 batch.lr(),
                 None if grad_scale is None else grad_scale.to(batch.device),
                 None if found_inf is None else found_inf.to(batch.device),
-                self.record if batch is plan.descent[-1] else None,
+                hook=off_record if batch is plan.descent[-1] else None,
             )
             batch.mark_changed()
         self.record = None

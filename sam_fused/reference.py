@@ -87,7 +87,7 @@ def adam(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> 
     return w - group["lr"] * m_hat / (v_hat.sqrt() + group["eps"])
 
 
-#: The update of each native base, by class, as ``bases.NATIVE`` has the extension's.
+#: The update of each class of ``bases.NATIVE``.
 UPDATES = {torch.optim.SGD: sgd, torch.optim.Adam: adam, torch.optim.AdamW: adam}
 
 

@@ -147,7 +147,7 @@ class SAM(Optimizer):
                     stacklevel=4,  # above the two wrappers that torch puts around step
                 )
                 self._without_sam_is_meant = True
-            self._finish()
+            self._descend()
             return None
         if amp.through_scaler(self):
             self.restore()
@@ -165,7 +165,7 @@ class SAM(Optimizer):
             with torch.enable_grad():
                 second_loss = closure()
             if self.scaler is None:
-                self._finish()
+                self._descend()
             else:
                 self.scaler.step(self)
         except BaseException:
@@ -173,25 +173,11 @@ class SAM(Optimizer):
             raise
         return second_loss if second_only else loss
 
-    def _finish(self) -> None:
-        """The second half of a step."""
-        grad_scale, found_inf = amp.given(self, self._device())
-        if found_inf is not None and self.perturbed:  # an overflow in the first pass counts too
-            overflow = any_replica((~self._measured[NORM].isfinite()).to(found_inf), self.model)
-            found_inf = found_inf + overflow
-            if self.scaler is not None:
-                amp.report_overflow(self.scaler, self, overflow)
-        self._arithmetic.update(grad_scale, found_inf)
-        _forget_casts()
-        self._statistics.thaw()
-        self.base_optimizer._opt_called = True  # what a scheduler that was given the base asks for
+    # torch.compile leaves these three as they are, as it does torch.optim's own loading and adding of groups. Where the
+    # weights move, autocast is to forget its casts of them: its outermost context may lie around both passes.
 
-    def _device(self) -> torch.device:
-        """Of the first parameter: where the sharpness is."""
-        params = (p for group in self.param_groups for p in group["params"])
-        return next((p.device for p in params), torch.device("cpu"))
-
-    def _measure(self) -> tuple[Tensor, Any]:
+    @torch._disable_dynamo
+    def _ascend(self, perturb: bool) -> None:
         device = self._device()
         if self._total.device != device:  # the parameters have moved, or had no memory when it was made
             self._total = (
@@ -201,7 +187,37 @@ class SAM(Optimizer):
         measured = self._arithmetic.measure(self._total, scale)
         self._measured = measured[0]
         self._without_sam_is_meant = True
-        return measured
+        if perturb:
+            self._arithmetic.perturb(measured)
+            torch.clear_autocast_cache()
+            if self.model is not None:
+                self._statistics.freeze(self.model)
+
+    @torch._disable_dynamo
+    def _descend(self) -> None:
+        """The second half of a step."""
+        grad_scale, found_inf = amp.given(self, self._device())
+        if found_inf is not None and self.perturbed:  # an overflow in the first pass counts too
+            overflow = any_replica((~self._measured[NORM].isfinite()).to(found_inf), self.model)
+            found_inf = found_inf + overflow
+            if self.scaler is not None:
+                amp.report_overflow(self.scaler, self, overflow)
+        self._arithmetic.update(grad_scale, found_inf)
+        torch.clear_autocast_cache()
+        self._statistics.thaw()
+        self.base_optimizer._opt_called = True  # what a scheduler that was given the base asks for
+
+    @torch._disable_dynamo
+    def _restore(self) -> None:
+        self._arithmetic.restore()
+        torch.clear_autocast_cache()
+        self._statistics.thaw()
+        amp.forget(self)
+
+    def _device(self) -> torch.device:
+        """Of the first parameter: where the sharpness is."""
+        params = (p for group in self.param_groups for p in group["params"])
+        return next((p.device for p in params), torch.device("cpu"))
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -219,10 +235,7 @@ class SAM(Optimizer):
         self._check_not_borrowed("first_step()")
         self._check_not_perturbed("first_step()")
         try:
-            self._arithmetic.perturb(self._measure())
-            _forget_casts()
-            if self.model is not None:
-                self._statistics.freeze(self.model)
+            self._ascend(perturb=True)
             if zero_grad:
                 self.zero_grad()
         except BaseException:
@@ -248,16 +261,13 @@ class SAM(Optimizer):
         """
         self._check_not_borrowed("measure_sharpness()")
         self._check_not_perturbed("measure_sharpness()")
-        self._measure()
+        self._ascend(perturb=False)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Give the weights back as they were before :meth:`first_step`, bit for bit; nothing to do if not perturbed."""
         self._check_not_borrowed("restore()")
-        self._arithmetic.restore()
-        _forget_casts()
-        self._statistics.thaw()
-        amp.forget(self)
+        self._restore()
 
     @property
     def perturbed(self) -> bool:
@@ -342,12 +352,6 @@ class SAM(Optimizer):
             self._set_up()
         else:  # from Optimizer.load_state_dict; the base fills in what older checkpoints lack
             self.base_optimizer.__setstate__(_keep_options(self, state))
-
-
-@torch._disable_dynamo
-def _forget_casts() -> None:
-    """Autocast keeps the casts of weights until its outermost context ends, which may lie around both passes."""
-    torch.clear_autocast_cache()
 
 
 def _keep_options(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

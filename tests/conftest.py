@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.cases import DEVICE, DEVICE_TESTS, PLACE
+from tests.helpers.place import DEVICE, DEVICE_TESTS, PLACE
 
 if PLACE != "cpu":
     HERE = Path(__file__).parent

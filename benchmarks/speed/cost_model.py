@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..tables import table
 from .floor import streams
-from .rivals import BASES, RIVALS, two_calls
+from .rivals import BASES, RIVALS, two_calls, update_of
 from .workloads import LISTS, of_model
 
 # ---- the extension: csrc/cuda.cu ----
@@ -47,11 +47,11 @@ def launches_of(base: str, tensors: int, large: bool = True) -> int:
 
     ``large``: the driver is of CUDA 12.1 or later, which takes large arguments.
     """
-    hypers, states = (7, 2) if base.startswith("adam") else (6, 1)
-    prepare = math.ceil(tensors / ((SMALL - OTHER - 16 * 8 * hypers) // 16))
+    update = update_of(base)
+    prepare = math.ceil(tensors / ((SMALL - OTHER - 16 * 8 * len(update.hyper)) // 16))
     norm = batches(tensors, entry_bytes(2, True), large) + 2  # the sums over chunks, their sum, the sharpness
-    perturb, update = entry_bytes(3, True), entry_bytes(3 + states, False)
-    return norm + batches(tensors, perturb, large) + prepare + batches(tensors, update, large)
+    perturb, descent = entry_bytes(3, True), entry_bytes(3 + len(update.state), False)
+    return norm + batches(tensors, perturb, large) + prepare + batches(tensors, descent, large)
 
 
 # ---- the rivals: what they call ----

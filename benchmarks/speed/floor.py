@@ -8,16 +8,18 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import load
 
+from .rivals import update_of
+
 FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-Wno-psabi"]
 
 # Streams of 4 bytes a parameter, read or written (float32).
 NORM = {False: 1, True: 2}  # g, and for ASAM w
 PERTURB = 4  # reads w, g; writes w, backup
-UPDATE = {"sgd": 3, "sgd_momentum": 5, "adam": 7, "adamw": 7}  # reads backup, g, states; writes w, states
 
 
 def streams(base: str, adaptive: bool) -> int:
-    return NORM[adaptive] + PERTURB + UPDATE[base]
+    update = 3 + 2 * len(update_of(base).state)  # reads backup, g, states; writes w, states
+    return NORM[adaptive] + PERTURB + update
 
 
 class Bandwidth:

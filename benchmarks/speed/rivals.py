@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sam_fused import FusedSAM, ReferenceSAM
+from sam_fused.bases import Update, native_update
 
 RHO = 0.05
 BASES = {
@@ -17,6 +18,15 @@ BASES = {
     "adamw": (torch.optim.AdamW, {"lr": 1e-3}),
     "sgd_momentum": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}),
 }
+
+
+def update_of(base: str) -> Update:
+    """The native update of one of BASES."""
+    cls, options = BASES[base]
+    opt = cls([torch.zeros(1)], **options)
+    update = native_update(opt, opt.param_groups[0])
+    assert update is not None
+    return update
 
 
 class ForeachSAM:

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from tests.cpu.build import CSRC, FLAGS, SMALL, STREAMED, kernels
-from tests.helpers.cases import on_the_cpu
+from tests.helpers.entries import entries
+from tests.helpers.place import on_the_cpu
 
 pytestmark = on_the_cpu
 ISAS = ["default", "avx2", "avx512"]
@@ -73,7 +74,8 @@ def missing(name: str) -> str | None:
 
 def run(program: Future[tuple[Path, str]], *arguments: str, isa: str = "default", emulator: tuple[str, ...] = ()):
     command = [*emulator, program.result()[0], *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SAM_ISA": isa})
+    environment = {**os.environ, "SAM_ISA": isa, "SAM_BASES": entries()}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")

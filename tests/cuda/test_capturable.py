@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sam_fused.fused
 from sam_fused import FusedSAM
 from sam_fused.bases import native_update
-from tests.helpers.cases import DEVICE, awkward, clones, set_grads
+from tests.helpers.cases import awkward, clones, set_grads
 from tests.helpers.dtypes import FULL
+from tests.helpers.place import DEVICE
 from tests.helpers.steps import steps_of_every_kind, with_scaler
 
 
@@ -89,7 +90,7 @@ def test_reading_a_value_is_noticed():
     """A base that is called by its own step() must know whether to skip it."""
     params = awkward(torch.float32)
     set_grads(params, 0)
-    opt = FusedSAM(params, torch.optim.RMSprop)
+    opt = FusedSAM(params, torch.optim.Adagrad)
     opt.found_inf = torch.zeros(())
     with NothingWaits(), pytest.raises(AssertionError, match="_local_scalar_dense in a step"):
         opt.step()

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from tests.cuda.emulation.build import SMALL, kernels, sources
-from tests.helpers.cases import DEVICE_TESTS, on_the_cpu
+from tests.helpers.entries import entries
 from tests.helpers.paths import ROOT
+from tests.helpers.place import DEVICE_TESTS, on_the_cpu
 
 pytestmark = on_the_cpu
 TENSORS = [1, 62, 63, 64, 72, 73, 200, 499, 500, 1000, 1300, 2000]  # in a list, to count launches
@@ -63,9 +64,10 @@ BUGS = {
 
 
 def run(program: Future[Path], order: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    options = {"EMULATION_ORDER": order, "ASAN_OPTIONS": "detect_stack_use_after_return=0", **environment}
+    options = {"EMULATION_ORDER": order, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
     command = [program.result(), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **options})
+    environment = {**os.environ, **options, "SAM_BASES": entries(), **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def pytest_run(

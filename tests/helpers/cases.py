@@ -1,52 +1,19 @@
-"""Parameter lists, bases and comparisons that the tests share.
-
-Does not import sam_fused: conftest.py, which imports this, chooses its backend.
-"""
+"""Parameter lists, bases and comparisons that the tests share."""
 
 from __future__ import annotations
 
-import os
-
-import pytest
 import torch
 from torch import Tensor, nn
 
-PLACE = os.environ.get("SAM_FUSED_TEST_DEVICE", "cpu")  # see conftest.py
-DEVICE = torch.device("cuda:0" if PLACE == "cuda" else "cpu")
-#: The test files that run on every device; the others are about what is around the arithmetic.
-DEVICE_TESTS = [
-    "optimizer/test_parity.py",
-    "optimizer/test_ops.py",
-    "optimizer/test_algorithm.py",
-    "optimizer/test_restoring.py",
-    "optimizer/test_protocol.py",
-    "optimizer/test_changes.py",
-    "optimizer/test_checkpoints.py",
-    "optimizer/test_errors.py",
-    "optimizer/test_devices.py",
-    "optimizer/test_rounding.py",
-    "optimizer/test_torch_optim.py",
-    "optimizer/test_batchnorm.py",
-    "integrations/test_grad_scaler.py",
-    "integrations/test_schedulers.py",
-    "cuda/test_capturable.py",
-]
-on_the_cpu = pytest.mark.skipif(PLACE != "cpu", reason="is about the CPU backend")
+from sam_fused.bases import NATIVE
+from tests.helpers.place import DEVICE
+
 CHUNK = 1 << 14  # elements a chunk, as in csrc/cpu.cpp
 
-#: name: (base class, its options). The last is composed: the extension has no update for it.
-BASES = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1}),
-    "sgd_momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}),
-    "sgd_nesterov": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "maximize": True}),
-    "sgd_dampening": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 1e-2}),
-    "adam": (torch.optim.Adam, {"lr": 1e-2}),
-    "adam_coupled": (torch.optim.Adam, {"lr": 1e-2, "weight_decay": 1e-2, "betas": (0.4, 0.9), "eps": 1e-6}),
-    "adam_amsgrad": (torch.optim.Adam, {"lr": 1e-2, "amsgrad": True, "maximize": True}),
-    "adamw": (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
-    "adamw_amsgrad": (torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True}),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 1e-2, "momentum": 0.5}),
-}
+#: name: (base class, its options): the samples of every native base, and two that are composed.
+BASES = {name: (cls, options) for cls, native in NATIVE.items() for name, options in native.samples.items()}
+BASES["sgd_dampening"] = (torch.optim.SGD, {"lr": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 1e-2})
+BASES["adagrad"] = (torch.optim.Adagrad, {"lr": 1e-2})
 
 #: Largest difference from the reference, relative to a value of 1 or more. The half types: one unit in the last place,
 #: which is what one rounding that went the other way makes.

@@ -8,17 +8,12 @@ import pytest
 import torch
 
 from sam_fused import _C
-from tests.helpers.cases import CHUNK, DEVICE, generator, on_the_cpu
+from sam_fused.bases import UPDATES
+from tests.helpers.cases import CHUNK, generator
+from tests.helpers.place import DEVICE, on_the_cpu
 
 OPS = torch.ops.sam_fused
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-HYPER = {  # as in csrc/functors.h
-    "sgd": [0.1, 0.01, 0, 0, 0, 0],
-    "sgd_momentum": [0.1, 0.01, 0, 0.9, 0.1, 0],
-    "adam": [0.1, 0.01, 0, 0.9, 0.99, 1e-4, 0],
-    "adam_amsgrad": [0.1, 0.01, 1, 0.9, 0.99, 1e-4, 1],
-}
-STATES = {"sgd": 0, "sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}
 
 
 def rows(*values):
@@ -63,15 +58,15 @@ def arguments(op, base="adam", dtype=torch.float32, sizes=(5, 3)):
         "params": common["params"],
         "grads": common["grads"],
         "backups": [backups[0], *[None for _ in sizes[2:]], backups[-1]],
-        "state": [t.abs() for k in range(STATES[base]) for t in make(dtype, sizes, 4 + k)],
-        "steps": [torch.tensor(float(i)) for i in range(len(sizes))] if "adam" in base else [],
-        "hyper": rows(HYPER[base], HYPER[base]),
+        "state": [t.abs() for k in range(len(UPDATES[base].state)) for t in make(dtype, sizes, 4 + k)],
+        "steps": [torch.tensor(float(i)) for i in range(len(sizes))] if UPDATES[base].counts_steps else [],
+        "hyper": rows(*2 * [list(UPDATES[base].hyper.values())]),
         "group_sizes": common["group_sizes"],
     }
 
 
 CALLS = [("grad_sq_norm", None), ("sharpness_", None), ("perturb_", None), ("restore_", None)]
-CALLS += [("restore_step_", base) for base in HYPER]
+CALLS += [("restore_step_", base) for base in UPDATES]
 
 
 @pytest.mark.parametrize(("op", "base"), CALLS)
@@ -271,7 +266,7 @@ def test_half_type_conversions(dtype):
     bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
     every = bits.view(dtype)
     w = every.clone()
-    still = rows([0.0, 0, 0, 0, 0, 0])
+    still = rows([0.0, 0, 0, 0, 0])
     _C.restore_step_("sgd", [w], [torch.zeros_like(w)], [None], [], [], still, [1])
     number = ~every.isnan()
     assert torch.equal(w.view(torch.int16)[number], bits[number])
@@ -279,10 +274,10 @@ def test_half_type_conversions(dtype):
     g = generator(0)
     a, b = (every[torch.randint(0, 1 << 16, (1 << 20,), generator=g)] for _ in range(2))
     w = a.clone()
-    _C.restore_step_("sgd", [w], [b], [None], [], [], rows([1.0, 0, 0, 0, 0, 0]), [1])
+    _C.restore_step_("sgd", [w], [b], [None], [], [], rows([1.0, 0, 0, 0, 0]), [1])
     torch.testing.assert_close(w, (a.float() - b.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
     w = a.clone()
-    _C.restore_step_("sgd", [w], [b], [None], [], [], rows([2.0**-12, 0, 0, 0, 0, 0]), [1])
+    _C.restore_step_("sgd", [w], [b], [None], [], [], rows([2.0**-12, 0, 0, 0, 0]), [1])
     torch.testing.assert_close(w, (a.float() - 2.0**-12 * b.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 

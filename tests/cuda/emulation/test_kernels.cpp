@@ -1,7 +1,10 @@
 // The emulated kernels against the same functors in long double, over lists of every awkward length and alignment.
 // Prints the largest error of each type, in units in the last place; ends with 1 if one is too large.
+// SAM_BASES holds the entries of sam_fused/bases.py, see entries() in tests/helpers/entries.py.
 #include <cstdio>
+#include <map>
 #include <memory>
+#include <sstream>
 
 #include "../../../csrc/cuda.cu"
 
@@ -50,34 +53,70 @@ void put(DType dtype, void* p, int64_t i, double x) {
   with_dtype(dtype, [&](auto t) { store(static_cast<decltype(t)*>(p)[i], static_cast<arithmetic_t<decltype(t)>>(x)); });
 }
 
+// ---- bases ----
+
+struct Entry {
+  std::string squares;        // for each state, whether it is a mean of squares: 1 or 0
+  std::vector<double> hyper;  // a row
+};
+
+const Entry& entry_of(const char* base) {
+  static const std::map<std::string, Entry> entries = [] {
+    std::map<std::string, Entry> all;
+    std::istringstream lines(std::getenv("SAM_BASES"));
+    for (std::string line; std::getline(lines, line);) {
+      std::istringstream words(line);
+      std::string name;
+      Entry entry;
+      words >> name >> entry.squares;
+      for (double x; words >> x;) entry.hyper.push_back(x);
+      all[name] = entry;
+    }
+    return all;
+  }();
+  return entries.at(base);
+}
+
+template <class Base>
+typename Base::Hyper hyper_of() {
+  const Entry& entry = entry_of(Base::name);
+  typename Base::Hyper hyper;
+  if (entry.hyper.size() * sizeof(double) != sizeof hyper)
+    throw std::runtime_error(std::string(Base::name) + ": hyper");
+  std::memcpy(&hyper, entry.hyper.data(), sizeof hyper);
+  return hyper;
+}
+
 // ---- lists ----
 
 struct List {
   Table table;
   std::vector<Ascent> ascent;
+  int shift, apart;
 };
 
-// A tensor of random numbers, `shift` elements after an allocation's beginning.
-void* tensor(const Row& row, int shift, bool positive = false) {
+// A tensor of random numbers, `shift` elements after an allocation's beginning. Squares are larger than the square of
+// every other number, as a mean of squares is than that of the mean.
+enum class Kind { kAny, kMean, kSquare };
+void* tensor(const Row& row, int shift, Kind kind = Kind::kAny) {
   const int size = format(row.dtype).size;
   char* p = static_cast<char*>(allocate((row.numel + shift) * size)) + shift * size;
   std::normal_distribution<double> normal;
   for (int64_t i = 0; i < row.numel; ++i) {
     const double x = normal(rng);
-    put(row.dtype, p, i, positive ? std::abs(x) : x);
+    put(row.dtype, p, i, kind == Kind::kSquare ? 1 + std::abs(x) : kind == Kind::kMean ? x / 8 : x);
   }
   return p;
 }
 
 // Shifts differ between a tensor's lists where `apart`, so that they reach no 16-byte boundary together.
 List make(const std::vector<int64_t>& sizes, const std::vector<DType>& dtypes, int groups, int shift, bool apart) {
-  List list;
+  List list{{}, {}, shift, apart};
   for (size_t r = 0; r < sizes.size(); ++r) {
     Row row{dtypes[r % dtypes.size()], static_cast<int32_t>(r * groups / sizes.size()), sizes[r]};
     row.param = tensor(row, shift);
     row.grad = tensor(row, shift + apart);
     row.backup = tensor(row, shift + 2 * apart);
-    for (int k = 0; k < kMaxStates; ++k) row.state[k] = tensor(row, shift + k * apart, k > 0);
     row.step = device({static_cast<float>(r % 3)});
     list.table.push_back(row);
   }
@@ -170,19 +209,20 @@ void ascend(const List& list) {
 }
 
 template <class Base>
-void descend(const List& list, int index, const std::vector<double>& hyper) {
+void descend(const List& list, int index) {
   Table table = list.table;
   const int groups = static_cast<int>(list.ascent.size());
   for (size_t r = 0; r < table.size(); ++r) {
     if (r % 3 == 1) table[r].backup = nullptr;
     if (!Base::counts_steps) table[r].step = nullptr;
+    for (int k = 0; k < Base::states; ++k)
+      table[r].state[k] = tensor(table[r], list.shift + k * list.apart,
+                                 entry_of(Base::name).squares.at(k) == '1' ? Kind::kSquare : Kind::kMean);
   }
-  std::vector<double> rows;
+  const typename Base::Hyper hyper = hyper_of<Base>();
+  const std::vector<typename Base::Hyper> rows(groups, hyper);
   auto* lr = static_cast<double*>(allocate(groups * sizeof(double)));
-  for (int g = 0; g < groups; ++g) {
-    rows.insert(rows.end(), hyper.begin(), hyper.begin() + Base::hypers);
-    lr[g] = (g % 5 + 1) / 1024.0;
-  }
+  for (int g = 0; g < groups; ++g) lr[g] = (g % 5 + 1) / 1024.0;
   const double scale = 0.5;
   const auto before = params(table), from = backups(table);
   for (const float skip : {1.0f, 0.0f}) {
@@ -194,14 +234,14 @@ void descend(const List& list, int index, const std::vector<double>& hyper) {
         for (int64_t i = 0; i < row.numel; ++i) states[k].back().push_back(get(row.dtype, row.state[k], i));
       }
     for (const Row& row : table) counts.push_back(row.step ? *row.step : 0);
-    cuda_backend.restore_step(queue, table, index, rows.data(), lr, device({static_cast<float>(scale)}),
-                              device({skip}));
+    cuda_backend.restore_step(queue, table, index, reinterpret_cast<const double*>(rows.data()), lr,
+                              device({static_cast<float>(scale)}), device({skip}));
     for (size_t r = 0; r < table.size(); ++r) {
       const Row& row = table[r];
       if (row.step) expect(*row.step == counts[r] + (skip == 0), "step", r, 0);
-      std::vector<double> h(hyper);
-      h[0] = lr[row.group];
-      const typename Base::template Update<Wide> update(h.data(), typename Base::Step(h.data(), counts[r] + 1), scale);
+      typename Base::Hyper h = hyper;
+      h.lr = lr[row.group];
+      const typename Base::template Update<Wide> update(h, typename Base::Step(h, counts[r] + 1), scale);
       for (int64_t i = 0; i < row.numel; ++i) {
         Wide w = row.backup ? from[r][i] : before[r][i], state[kMaxStates] = {};
         const Wide start = w, g = get(row.dtype, row.grad, i);
@@ -226,25 +266,29 @@ void run(const std::vector<int64_t>& sizes, const std::vector<DType>& dtypes, in
   memory.clear();
   const List list = make(sizes, dtypes, groups, shift, apart);
   ascend(list);
-  // Powers of two and the like, so that an element is the sum of a few rounded terms and nothing hides a wrong one.
-  const std::vector<double> sgd = {0, 1 / 128.0, 0, 0.5, 0.5, 1},
-                            adam = {0, 1 / 128.0, 1, 0.875, 63 / 64.0, 1 / 8192.0, 1};
   for (int b = 0; b < static_cast<int>(std::tuple_size_v<Bases>); ++b)
-    with_base(b, [&]<class Base>(Base) { descend<Base>(list, b, Base::counts_steps ? adam : sgd); });
+    with_base(b, [&]<class Base>(Base) { descend<Base>(list, b); });
 }
 
 }  // namespace
 
 // Of a step with Adam.
 size_t launches_for(int tensors) {
-  const List list = make(std::vector<int64_t>(tensors, 2), {DType::kFloat}, 1, 0, false);
+  List list = make(std::vector<int64_t>(tensors, 2), {DType::kFloat}, 1, 0, false);
+  for (Row& row : list.table)
+    for (void*& state : row.state) state = tensor(row, 0, Kind::kSquare);
   const size_t before = emulation::launches;
   auto* doubles = static_cast<double*>(allocate(6 * sizeof(double)));
   cuda_backend.grad_sq_norm(queue, list.table, list.ascent.data(), 1, doubles);
   cuda_backend.sharpness(queue, doubles, list.ascent.data(), 1, nullptr, doubles + 1, doubles + 3);
   cuda_backend.perturb(queue, list.table, list.ascent.data(), doubles + 5);
-  const double hyper[] = {0.1, 0, 0, 0.9, 0.99, 1e-8, 0};
-  cuda_backend.restore_step(queue, list.table, 2, hyper, nullptr, nullptr, nullptr);
+  for (int b = 0; b < static_cast<int>(std::tuple_size_v<Bases>); ++b)
+    with_base(b, [&]<class Base>(Base) {
+      const auto hyper = hyper_of<Base>();
+      if (std::string(Base::name) == "adam")
+        cuda_backend.restore_step(queue, list.table, b, reinterpret_cast<const double*>(&hyper), nullptr, nullptr,
+                                  nullptr);
+    });
   return emulation::launches - before;
 }
 

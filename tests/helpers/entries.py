@@ -1,0 +1,14 @@
+"""The entries of sam_fused/bases.py for programs in C++."""
+
+from __future__ import annotations
+
+from sam_fused.bases import UPDATES
+
+
+def entries() -> str:
+    """A line a base: its name, for each state whether it is a mean of squares, and a row of hyper-parameters."""
+    lines = []
+    for name, update in UPDATES.items():
+        squares = "".join(str(int("sq" in key)) for key in update.state) or "-"
+        lines.append(" ".join([name, squares, *map(repr, update.hyper.values())]))
+    return "\n".join(lines)
