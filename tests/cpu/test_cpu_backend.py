@@ -20,7 +20,7 @@ import torch
 from tests.cpu.build import CSRC, FLAGS, SMALL, STREAMED, kernels
 from tests.helpers.cases import on_the_cpu
 
-pytestmark = on_the_cpu
+pytestmark = [on_the_cpu, pytest.mark.slow]
 ISAS = ["default", "avx2", "avx512"]
 CANNOT = 77  # what the program ends with where the machine lacks the instruction set
 COMPILERS = ["g++", "clang++"]

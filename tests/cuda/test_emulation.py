@@ -18,7 +18,7 @@ from tests.cuda.emulation.build import SMALL, kernels, sources
 from tests.helpers.cases import DEVICE_TESTS, on_the_cpu
 from tests.helpers.paths import ROOT
 
-pytestmark = on_the_cpu
+pytestmark = [on_the_cpu, pytest.mark.slow]
 TENSORS = [1, 62, 63, 64, 72, 73, 200, 499, 500, 1000, 1300, 2000]  # in a list, to count launches
 OLD = {"EMULATION_OLD_DRIVER": "1"}
 DTYPE = torch.float64  # whose weights have no room for a wrong norm
