@@ -98,7 +98,7 @@ def done(tmp_path_factory) -> Iterator[dict[str, list[Future[subprocess.Complete
     """
     folder = tmp_path_factory.mktemp("kernels")
     pool = ThreadPoolExecutor(os.cpu_count())
-    halves = DEVICE_TESTS[:1], DEVICE_TESTS[1:]  # about half the time each
+    halves = DEVICE_TESTS[:2], DEVICE_TESTS[2:]  # about half the time each
     started = {"Python": [pool.submit(pytest_run, half) for half in halves]}
     variants = {name: what[:2] for name, what in {**SOUND, **BUGS}.items()}
     programs = {
