@@ -8,7 +8,7 @@ RESULTS := runs/bench
 OUT := runs/gpu.md
 SOURCES := setup.py $(wildcard csrc/*)
 
-.PHONY: demo test lint format build bench gpu-check clean
+.PHONY: demo test test-fast lint format build bench gpu-check clean
 
 demo: build
 	rm -rf runs/demo
@@ -18,6 +18,10 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest
+
+# What a change of a Python file needs, in about a minute.
+test-fast: build
+	$(BIN)/python -m pytest -m 'not slow'
 
 # Some ten minutes on two cores; leave the machine alone meanwhile.
 bench: build

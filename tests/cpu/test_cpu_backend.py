@@ -21,7 +21,7 @@ from tests.cpu.build import CSRC, FLAGS, SMALL, STREAMED, kernels
 from tests.helpers.entries import entries
 from tests.helpers.place import on_the_cpu
 
-pytestmark = on_the_cpu
+pytestmark = [on_the_cpu, pytest.mark.slow]
 ISAS = ["default", "avx2", "avx512"]
 CANNOT = 77  # what the program ends with where the machine lacks the instruction set
 COMPILERS = ["g++", "clang++"]

@@ -19,7 +19,7 @@ from tests.helpers.entries import entries
 from tests.helpers.paths import ROOT
 from tests.helpers.place import DEVICE_TESTS, on_the_cpu
 
-pytestmark = on_the_cpu
+pytestmark = [on_the_cpu, pytest.mark.slow]
 TENSORS = [1, 62, 63, 64, 72, 73, 200, 499, 500, 1000, 1300, 2000]  # in a list, to count launches
 OLD = {"EMULATION_OLD_DRIVER": "1"}
 DTYPE = torch.float64  # whose weights have no room for a wrong norm
@@ -100,7 +100,7 @@ def done(tmp_path_factory) -> Iterator[dict[str, list[Future[subprocess.Complete
     """
     folder = tmp_path_factory.mktemp("kernels")
     pool = ThreadPoolExecutor(os.cpu_count())
-    halves = DEVICE_TESTS[:1], DEVICE_TESTS[1:]  # about half the time each
+    halves = DEVICE_TESTS[:2], DEVICE_TESTS[2:]  # about half the time each
     started = {"Python": [pool.submit(pytest_run, half) for half in halves]}
     variants = {name: what[:2] for name, what in {**SOUND, **BUGS}.items()}
     programs = {

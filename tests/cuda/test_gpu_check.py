@@ -36,6 +36,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_dry_run(tmp_path):
     out = tmp_path / "gpu" / "report.md"
     done = command("-m", "tests.cuda.gpu_check", "--device", "cpu", "--quick", "--out", str(out))

@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from benchmarks.speed import rivals
 from tests.helpers.cases import assert_near, set_grads
 from tests.helpers.paths import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def run(script: str, *flags: str) -> str:

@@ -12,6 +12,8 @@ import train
 from benchmarks.paper import sharpness_study as study
 from benchmarks.paper import table1
 
+pytestmark = pytest.mark.slow
+
 # ResNet-18 in channels_last of width 2 or 4 corrupts the heap in torch 2.14.1's oneDNN on AVX2.
 TINY = "--dataset digits --train-size 60 --width 8 --epochs 3 --batch-size 30 --eval-size 50 --threads 1 --seeds 0"
 

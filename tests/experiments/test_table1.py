@@ -13,6 +13,7 @@ import pytest
 from benchmarks.paper import runs, table1, table1_report
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
 TINY = "--dataset digits --train-size 60 --width 2 --epochs 2 --batch-size 30 --eval-size 50 --holdout 60 --threads 1"
 SMALL = [*TINY.split(), "--archs", "vgg16", "--bases", "adam"]
 

@@ -335,6 +335,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_killed_and_resumed_is_bit_identical(tmp_path, kind):
     """SIGKILL at whatever moment after the first epoch; what --resume ends with is what a whole run ends with."""
@@ -360,6 +361,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, kind):
         assert {**x, "seconds": 0} == {**y, "seconds": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
 def test_no_thread_of_the_process_group_is_left(tmp_path):
     """One that still works while Python ends may abort the process (https://github.com/pytorch/pytorch/issues/190489).
@@ -383,6 +385,7 @@ def test_no_thread_of_the_process_group_is_left(tmp_path):
     assert done.stdout.count("left: []") == 2, done.stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly(tmp_path):
     out = tmp_path / "run"
     heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # not so in a shell's background

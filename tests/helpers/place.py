@@ -15,12 +15,12 @@ DEVICE = torch.device("cuda:0" if PLACE == "cuda" else "cpu")
 #: The test files that run on every device; the others are about what is around the arithmetic.
 DEVICE_TESTS = [
     "optimizer/test_parity.py",
+    "optimizer/test_checkpoints.py",
     "optimizer/test_ops.py",
     "optimizer/test_algorithm.py",
     "optimizer/test_restoring.py",
     "optimizer/test_protocol.py",
     "optimizer/test_changes.py",
-    "optimizer/test_checkpoints.py",
     "optimizer/test_errors.py",
     "optimizer/test_devices.py",
     "optimizer/test_rounding.py",

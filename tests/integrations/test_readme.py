@@ -56,6 +56,7 @@ def test_snippet(line, tmp_path, monkeypatch):
 END = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", SCRIPTS)
 def test_script(line, tmp_path):
     script = tmp_path / "script.py"

@@ -16,6 +16,7 @@ from sam_fused import FusedSAM
 from tests.helpers.networks import perceptron
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated"),  # Lightning's own
 ]

@@ -16,6 +16,8 @@ from tests.helpers.cases import BASES, TOLERANCE, assert_near, assert_same_state
 from tests.helpers.dtypes import DTYPES, FULL
 from tests.helpers.sam import assert_untouched, both, snapshot
 
+pytestmark = pytest.mark.filterwarnings("ignore:step.. was called without a closure")
+
 
 def on_disk(thing):
     file = io.BytesIO()

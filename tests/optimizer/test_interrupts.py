@@ -108,6 +108,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["closure", "two calls"])
 @pytest.mark.parametrize(("cls", "base", "earlier"), CASES)
 def test_at_every_line(cls, base, earlier, how):
@@ -128,6 +129,7 @@ def test_at_every_line(cls, base, earlier, how):
         training.check(after, where)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
 @pytest.mark.parametrize("how", ["closure", "two calls"])
 def test_at_random_times(how):

@@ -224,6 +224,7 @@ def test_a_step_allocates_nothing_but_the_backup():
         assert expected <= got < expected + 4096
 
 
+@pytest.mark.slow
 @on_the_cpu
 def test_more_than_2_to_the_31_elements():
     """Offsets past 32 bits; zeros that NumPy has not touched and that are only read cost no memory."""

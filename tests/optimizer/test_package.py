@@ -37,6 +37,7 @@ def test_the_reference_never_imports_the_extension():
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["train.py", "--dataset", "digits"], ["-m", "pytest", "tests/optimizer/test_package.py"]]
 )
