@@ -21,7 +21,6 @@ import json
 import math
 import os
 import platform
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +39,6 @@ from tqdm import tqdm
 
 import sam_fused
 from sam_fused import FusedSAM
-from sam_fused.distributed import unsynchronized
 from sam_fused.fused import extension
 
 # ---- settings ----
@@ -53,54 +51,74 @@ MOMENTUM = 0.9
 
 # What a recipe sets; a flag given by hand wins. "paper-text" is what the paper says and, where it is silent, what its
 # code does (weight decay, momentum, step decay); "paper-code" is what the scripts behind its Table I do.
+LR, DECAY = {"sgd": 1e-3, "adam": 1e-3, "adamw": 1e-3}, {"sgd": 5e-4, "adam": 5e-4, "adamw": 1e-2}
 RECIPES: dict[str, dict[str, Any]] = {
     "paper-text": {
         "rho": 0.05,
         "adaptive": False,
-        "lr": {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3},
-        "weight_decay": {"sgd": 5e-4, "adam": 5e-4, "adamw": 1e-2},
         "label_smoothing": 0.0,
+        "lr": {**LR, "sgd": 0.1},
+        "weight_decay": DECAY,
     },
-    "paper-code": {
-        "rho": 2.0,
-        "adaptive": True,
-        "lr": {"sgd": 1e-3, "adam": 1e-3, "adamw": 1e-3},
-        "weight_decay": {"sgd": 5e-4, "adam": 5e-4, "adamw": 1e-2},
-        "label_smoothing": 0.1,
-    },
+    "paper-code": {"rho": 2.0, "adaptive": True, "label_smoothing": 0.1, "lr": LR, "weight_decay": DECAY},
 }
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides a run, and where it goes. None in the parser's defaults means: the recipe's value."""
+def number(kind: type[int] | type[float], most: float = math.inf) -> Callable[[str], float]:
+    """What parses a finite number of this kind that is > 0 and <= most."""
 
-    recipe: str
-    dataset: str
-    data: str | None
-    train_size: int | None
-    eval_size: int | None
-    holdout: int | None
-    arch: str
-    width: int
-    base: str
-    rho: float
-    measure_rho: float  # the rho that the sharpness is recorded with; rho itself unless that is 0
-    adaptive: bool
-    lr: float
-    weight_decay: float
-    label_smoothing: float
-    sam_every: int
-    ascent_fraction: float
-    epochs: int
-    batch_size: int  # of all processes together
-    amp: str | None
-    compile: bool
-    seed: int
-    device: str
-    threads: int
-    keep_every: int | None
-    out: str
+    def parsed(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf or value > most:
+            raise argparse.ArgumentTypeError(f"expected a number {bounds}, got {text}")
+        return value
+
+    bounds = "> 0" if most == math.inf else f"> 0 and <= {most}"
+    parsed.__name__ = kind.__name__  # which argparse names where kind() fails
+    return parsed
+
+
+count = number(int)
+
+
+def option(default: Any = None, **how: Any) -> Any:
+    """A field of Settings that is a flag too. ``how`` is what argparse takes; ``group`` begins a group of the help."""
+    return dataclasses.field(metadata={"default": default, **how})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides a run, and where it goes. Without a value of its own a flag takes the recipe's."""
+
+    dataset: str = option("cifar10", choices=["cifar10", "digits"], group="data")
+    data: str | None = option(metavar="DIR", help="where CIFAR-10 is, or is to be downloaded to")
+    train_size: int | None = option(type=count, metavar="N", help="a seeded, class-balanced subset")
+    eval_size: int | None = option(type=count, metavar="N", help="test on a fixed subset in all epochs but the last")
+    holdout: int | None = option(type=count, metavar="N", help="test on N fixed training images, not trained on")
+
+    arch: str = option("resnet18", choices=["resnet18", "vgg16"], group="network")
+    width: int = option(64, type=count, help="channels of the first stage (64 in the paper)")
+
+    recipe: str = option("paper-text", choices=sorted(RECIPES), group="optimizer")
+    base: str = option("adam", choices=sorted(BASES))
+    rho: float = option(type=float, help="0: the plain base, sharpness recorded with the recipe's rho")
+    measure_rho: float  # the rho that the sharpness is recorded with: rho, or where that is 0 the recipe's
+    adaptive: bool = option(action=argparse.BooleanOptionalAction, help="ASAM")
+    lr: float = option(type=number(float))
+    weight_decay: float = option(type=float)
+    label_smoothing: float = option(type=float)
+    sam_every: int = option(1, type=count, metavar="K", help="ascend in every K-th step only")
+    ascent_fraction: float = option(1.0, type=number(float, 1), metavar="F", help="ascend from this part of the batch")
+
+    epochs: int = option(200, type=count, group="run")
+    batch_size: int = option(128, type=count, help="of all processes together")
+    amp: str | None = option(choices=sorted(AMP), help="autocast; fp16 with a GradScaler")
+    compile: bool = option(False, action="store_true", help="torch.compile the network")
+    seed: int = option(0, type=int)
+    device: str = option("cpu")
+    threads: int = option(torch.get_num_threads(), type=count)
+    keep_every: int | None = option(type=count, metavar="K", help="keep the weights of every K-th epoch")
+    out: str = option("runs/last", metavar="DIR")
 
 
 # Changing these does not make another run of it. config.json does not hold them.
@@ -110,64 +128,23 @@ FREE_ON_RESUME = {"data", "keep_every", "out"}
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--report", nargs="+", metavar="DIR", help="print finished runs side by side, and train nothing")
-
-    def positive(kind: type) -> Callable[[str], Any]:
-        def parse_positive(text: str) -> Any:
-            value = kind(text)
-            if not 0 < value < math.inf:
-                raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
-            return value
-
-        return parse_positive
-
-    g = p.add_argument_group("data")
-    g.add_argument("--dataset", choices=["cifar10", "digits"], default="cifar10")
-    g.add_argument("--data", metavar="DIR", help="where CIFAR-10 is, or is to be downloaded to")
-    g.add_argument("--train-size", type=positive(int), metavar="N", help="a seeded, class-balanced subset")
-    g.add_argument(
-        "--eval-size", type=positive(int), metavar="N", help="test on a fixed subset in all epochs but the last"
-    )
-    g.add_argument(
-        "--holdout", type=positive(int), metavar="N", help="test on N fixed training images, which are not trained on"
-    )
-    g = p.add_argument_group("network")
-    g.add_argument("--arch", choices=["resnet18", "vgg16"], default="resnet18")
-    g.add_argument("--width", type=positive(int), default=64, help="channels of the first stage (64 in the paper)")
-    g = p.add_argument_group("optimizer")
-    g.add_argument("--recipe", choices=sorted(RECIPES), default="paper-text")
-    g.add_argument("--base", choices=sorted(BASES), default="adam")
-    g.add_argument("--rho", type=float, help="0: the plain base, sharpness recorded with the recipe's rho")
-    g.add_argument("--adaptive", action=argparse.BooleanOptionalAction, help="ASAM")
-    g.add_argument("--lr", type=positive(float))
-    g.add_argument("--weight-decay", type=float)
-    g.add_argument("--label-smoothing", type=float)
-    g.add_argument("--sam-every", type=positive(int), default=1, metavar="K", help="ascend in every K-th step only")
-    g.add_argument("--ascent-fraction", type=float, default=1.0, metavar="F", help="ascend from this part of the batch")
-    g = p.add_argument_group("run")
-    g.add_argument("--epochs", type=positive(int), default=200)
-    g.add_argument("--batch-size", type=positive(int), default=128)
-    g.add_argument("--amp", choices=sorted(AMP), help="autocast; fp16 with a GradScaler")
-    g.add_argument("--compile", action="store_true", help="torch.compile the network")
-    g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--device", default="cpu")
-    g.add_argument("--threads", type=positive(int), default=torch.get_num_threads())
-    g.add_argument("--keep-every", type=positive(int), metavar="K", help="keep the weights of every K-th epoch")
-    g.add_argument("--out", metavar="DIR", default="runs/last")
-    g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    args = p.parse_args(argv)
-    if not 0 < args.ascent_fraction <= 1:
-        p.error(f"--ascent-fraction: expected 0 < F <= 1, got {args.ascent_fraction}")
-    return args
+    group: argparse._ActionsContainer = p
+    for field in dataclasses.fields(Settings):
+        how = dict(field.metadata)
+        if "group" in how:
+            group = p.add_argument_group(how.pop("group"))
+        if how:
+            group.add_argument("--" + field.name.replace("_", "-"), **how)
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    return p.parse_args(argv)
 
 
 def settle(args: argparse.Namespace) -> Settings:
     """Fill in the recipe's values."""
     recipe = {k: v[args.base] if isinstance(v, dict) else v for k, v in RECIPES[args.recipe].items()}
-    chosen = {k: recipe[k] if getattr(args, k) is None else getattr(args, k) for k in recipe}
-    names = {f.name for f in dataclasses.fields(Settings)} - set(chosen) - {"measure_rho"}
-    return Settings(
-        **chosen, measure_rho=chosen["rho"] or recipe["rho"], **{name: getattr(args, name) for name in names}
-    )
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if f.metadata}
+    values |= {k: v for k, v in recipe.items() if values[k] is None}
+    return Settings(**values, measure_rho=values["rho"] or recipe["rho"])
 
 
 # ---- processes: torchrun starts them, and each takes its share of every batch ----
@@ -200,20 +177,10 @@ def processes(s: Settings) -> Iterator[Settings]:
 
 def rank_0_first(f: Callable[[], Any]) -> Any:
     """f(), in the other processes once rank 0 is through and has left its files."""
-    if rank():
-        dist.barrier()
-        return f()
-    result = f()
+    result = None if rank() else f()
     if dist.is_initialized():
         dist.barrier()
-    return result
-
-
-def summed(values: Tensor) -> Tensor:
-    """The sum over the processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
+    return f() if rank() else result
 
 
 # ---- data: decoded once, kept as one uint8 tensor on the device, augmented in whole batches there ----
@@ -230,6 +197,9 @@ class Split:
     images: Tensor
     labels: Tensor
 
+    def at(self, index: Any) -> Split:
+        return Split(self.images[index], self.labels[index])
+
     def to(self, device: str) -> Split:
         return Split(self.images.to(device), self.labels.to(device))
 
@@ -239,31 +209,31 @@ def load_folder(root: Path) -> tuple[Split, Split]:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms.functional import pil_to_tensor
 
-    folders = [ImageFolder(str(root / part), transform=pil_to_tensor) for part in ("train", "test")]
-    if folders[0].classes != folders[1].classes:
-        raise DataError(f"{root}: train and test have different classes: {folders[0].classes}, {folders[1].classes}")
-    if len(folders[0].classes) != CLASSES:
-        raise DataError(f"{root}: expected {CLASSES} classes, got {len(folders[0].classes)}: {folders[0].classes}")
-    listing = [f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for f in folders for path, _ in f.samples]
-    key = hashlib.sha256("\n".join(listing).encode()).hexdigest()
+    folders = {part: ImageFolder(str(root / part), transform=pil_to_tensor) for part in ("train", "test")}
+    classes, others = (folder.classes for folder in folders.values())
+    if classes != others:
+        raise DataError(f"{root}: train and test have different classes: {classes}, {others}")
+    if len(classes) != CLASSES:
+        raise DataError(f"{root}: expected {CLASSES} classes, got {len(classes)}: {classes}")
+    files = [Path(path) for folder in folders.values() for path, _ in folder.samples]
+    listing = "\n".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+    key = hashlib.sha256(listing.encode()).hexdigest()
     cache = root / "decoded-uint8.pt"
-    if cache.exists():
-        held = torch.load(cache, weights_only=True)
-        if held["key"] == key:
-            return tuple(Split(*held[part]) for part in ("train", "test"))
-    splits = []
-    for part, folder in zip(("train", "test"), folders, strict=True):
-        images = torch.empty(len(folder), 3, 32, 32, dtype=torch.uint8)
-        for i, (image, _) in enumerate(tqdm(folder, desc=f"decode {part}", disable=None)):
-            if image.shape != images.shape[1:]:
-                raise DataError(f"{folder.samples[i][0]}: expected 3 x 32 x 32 pixels, got {tuple(image.shape)}")
-            images[i] = image
-        splits.append(Split(images, torch.tensor(folder.targets)))
-    try:
-        save(cache, {"key": key, **{n: (s.images, s.labels) for n, s in zip(("train", "test"), splits, strict=True)}})
-    except OSError as error:
-        print(f"{cache}: not cached ({error.strerror})", file=sys.stderr)
-    return splits[0], splits[1]
+    held = torch.load(cache, weights_only=True) if cache.exists() else {}
+    if held.get("key") != key:
+        held = {"key": key}
+        for part, folder in folders.items():
+            images = torch.empty(len(folder), 3, 32, 32, dtype=torch.uint8)
+            for i, (image, _) in enumerate(tqdm(folder, desc=f"decode {part}", disable=None)):
+                if image.shape != images.shape[1:]:
+                    raise DataError(f"{folder.samples[i][0]}: expected 3 x 32 x 32 pixels, got {tuple(image.shape)}")
+                images[i] = image
+            held[part] = images, torch.tensor(folder.targets)
+        try:
+            save(cache, held)
+        except OSError as error:
+            print(f"{cache}: not cached ({error.strerror})", file=sys.stderr)
+    return Split(*held["train"]), Split(*held["test"])
 
 
 def load_cifar10(data: str | None) -> tuple[Split, Split]:
@@ -282,10 +252,8 @@ def load_cifar10(data: str | None) -> tuple[Split, Split]:
             "  --data DIR where DIR holds 32x32 PNG or JPEG images as train/<class>/* and test/<class>/*\n"
             "  --dataset digits, which needs no download"
         ) from error
-    train, test = (
-        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-        for part in parts
-    )
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    train, test = (Split(x, torch.tensor(part.targets)) for x, part in zip(images, parts, strict=True))
     return train, test
 
 
@@ -297,9 +265,9 @@ def load_digits() -> tuple[Split, Split]:
     pixels, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).view(-1, 1, 8, 8) * (255 / 16)
     images = F.interpolate(images, size=32, mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
-    parts = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    train, test = (Split(images[part], torch.from_numpy(labels)[part]) for part in parts)
-    return train, test
+    train, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    digits = Split(images, torch.from_numpy(labels))
+    return digits.at(train), digits.at(test)
 
 
 def divide(split: Split, n: int, seed: int, flag: str) -> tuple[Split, Split]:
@@ -315,7 +283,7 @@ def divide(split: Split, n: int, seed: int, flag: str) -> tuple[Split, Split]:
     index = torch.cat(chosen)
     others = torch.ones(len(split.labels), dtype=torch.bool)
     others[index] = False
-    return Split(split.images[index], split.labels[index]), Split(split.images[others], split.labels[others])
+    return split.at(index), split.at(others)
 
 
 def load_data(s: Settings) -> tuple[Split, Split]:
@@ -376,9 +344,10 @@ def resnet18(width: int) -> nn.Module:
         shortcut = None
         if stride != 1 or before != after:
             shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
-        return BasicBlock(before, after, stride, shortcut)
+        made: nn.Module = BasicBlock(before, after, stride, shortcut)
+        return made
 
-    layers = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)]
     channels = width
     for stage in range(4):
         for i in range(2):
@@ -400,22 +369,18 @@ def vgg16(width: int) -> nn.Module:
 ARCHS = {"resnet18": resnet18, "vgg16": vgg16}
 
 
-def parallel(s: Settings, model: nn.Module) -> nn.Module:
-    if s.compile:
-        model.compile()
-    return DistributedDataParallel(model) if dist.is_initialized() else model
-
-
 def build(s: Settings) -> tuple[nn.Module, FusedSAM, torch.optim.lr_scheduler.LRScheduler]:
     """The network, its optimizer and the schedule; ``opt.model`` is what to call, the network or its replicas."""
-    model = ARCHS[s.arch](s.width).to(s.device, memory_format=torch.channels_last)
-    options = {"momentum": MOMENTUM} if s.base == "sgd" else {}
+    model = ARCHS[s.arch](s.width).to(s.device).to(memory_format=torch.channels_last)
+    if s.compile:
+        model.compile()
+    options: dict[str, Any] = {"momentum": MOMENTUM} if s.base == "sgd" else {}
     opt = FusedSAM(
         model.parameters(),
         BASES[s.base],
         rho=s.measure_rho,
         adaptive=s.adaptive,
-        model=parallel(s, model),
+        model=DistributedDataParallel(model) if dist.is_initialized() else model,
         scaler=torch.amp.GradScaler(s.device.split(":")[0], enabled=s.amp == "fp16"),
         lr=s.lr,
         weight_decay=s.weight_decay,
@@ -439,44 +404,34 @@ class Pass:
 
 def train_step(s: Settings, opt: FusedSAM, x: Tensor, y: Tensor, index: int) -> list[Pass]:
     """One step; returns its passes, the one at the unperturbed weights first."""
+    model, scaler = opt.model, opt.scaler
+    assert model is not None  # as built
+    assert scaler is not None
     done: list[Pass] = []
 
     def forward_backward(size: int) -> Tensor:
         opt.zero_grad()
-        with torch.autocast(x.device.type, AMP.get(s.amp), enabled=s.amp is not None):
-            logits = opt.model(x[:size])
+        with torch.autocast(x.device.type, AMP[s.amp] if s.amp else None, enabled=s.amp is not None):
+            logits = model(x[:size])
             loss = F.cross_entropy(logits, y[:size], label_smoothing=s.label_smoothing)
-        opt.scaler.scale(loss).backward()
+        scaler.scale(loss).backward()
         done.append(Pass(loss.detach(), (logits.detach().argmax(1) == y[:size]).sum(), size))
         return loss
 
     if s.rho == 0 or index % s.sam_every:
         forward_backward(len(x))
         opt.measure_sharpness()
-        opt.scaler.step(opt)
-    elif s.ascent_fraction == 1:
-        opt.step(lambda: forward_backward(len(x)))
+        scaler.step(opt)
     else:
-        with unsynchronized(opt.model):
-            forward_backward(max(1, round(s.ascent_fraction * len(x))))
-        opt.first_step()
-        try:
-            forward_backward(len(x))
-            opt.scaler.step(opt)
-        finally:
-            opt.restore()
-    opt.scaler.update()
+        sizes = iter([max(1, round(s.ascent_fraction * len(x))), len(x)])
+        opt.step(lambda: forward_backward(next(sizes)))
+    scaler.update()
     return done
 
 
 def train_epoch(
-    s: Settings,
-    opt: FusedSAM,
-    data: Iterator[tuple[Tensor, Tensor]],
-    normalize: Normalize,
-    bar: tqdm,
+    s: Settings, opt: FusedSAM, data: Iterator[tuple[Tensor, Tensor]], normalize: Normalize, bar: tqdm
 ) -> dict[str, float | None]:
-    opt.model.train()
     loss = correct = rise = torch.zeros((), device=s.device)
     seen = rises = 0
     for index, (x, y) in enumerate(data):
@@ -495,13 +450,15 @@ def train_epoch(
             bar.set_postfix(loss=f"{mean:.3f}", acc=f"{correct.item() / seen:.3f}", sharp=f"{opt.sharpness.item():.4f}")
         bar.update()
     mine = [loss.item(), correct.item(), seen, opt.mean_sharpness().item(), rise.item(), rises]
-    sums = summed(torch.tensor(mine, dtype=torch.float64, device=s.device))
-    loss, correct, seen, sharpness, rise, rises = sums.tolist()
+    sums = torch.tensor(mine, dtype=torch.float64, device=s.device)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    all_loss, all_correct, all_seen, sharpness, all_rise, all_rises = sums.tolist()
     return {
-        "train_loss": loss / seen,
-        "train_acc": correct / seen,
+        "train_loss": all_loss / all_seen,
+        "train_acc": all_correct / all_seen,
         "sharpness": finite(sharpness / world_size()),
-        "realised_sharpness": finite(rise / rises) if rises else None,
+        "realised_sharpness": finite(all_rise / all_rises) if all_rises else None,
     }
 
 
@@ -539,17 +496,10 @@ def save(path: Path, content: Any) -> None:
 
 def random_states(generator: torch.Generator) -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "python": random.getstate(),
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "data": generator.get_state(),
-    }
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "data": generator.get_state()}
 
 
 def set_random_states(states: dict[str, Any], generator: torch.Generator) -> None:
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(states["torch"])
     if states["cuda"]:
         torch.cuda.set_rng_state_all(states["cuda"])
@@ -593,7 +543,7 @@ def open_run(s: Settings, resume: bool) -> dict[str, Any] | None:
                     raise RunError(f"--resume: {out} was run with {name} = {held.get(name)!r}, not {value!r}")
         out.mkdir(parents=True, exist_ok=True)
         save(config, json.dumps({"settings": settings, "environment": environment(s.device)}, indent=2) + "\n")
-    return torch.load(checkpoint, weights_only=True, map_location=s.device) if checkpoint.exists() else None
+    return torch.load(checkpoint, weights_only=True, map_location="cpu") if checkpoint.exists() else None
 
 
 def train(
@@ -611,16 +561,15 @@ def train(
     train_split, test_split = rank_0_first(lambda: load_data(s))
     test_subset = test_split if s.eval_size is None else divide(test_split, s.eval_size, 0, "--eval-size")[0]
     normalize = Normalize(train_split.images)
-    random.seed(s.seed)
     torch.manual_seed(s.seed)
     generator = torch.Generator(s.device).manual_seed(s.seed)
     model, opt, scheduler = build(s)
-    kept = {"model": model, "optimizer": opt, "scheduler": scheduler, "scaler": opt.scaler}
+    kept: dict[str, Any] = {"model": model, "optimizer": opt, "scheduler": scheduler, "scaler": opt.scaler}
     metrics: list[dict[str, Any]] = []
     if checkpoint:
         for name, holder in kept.items():
             holder.load_state_dict(checkpoint[name])
-        set_random_states({k: v.cpu() if torch.is_tensor(v) else v for k, v in checkpoint["random"].items()}, generator)
+        set_random_states(checkpoint["random"], generator)
         metrics = checkpoint["metrics"]
         say(f"{out}: going on after epoch {len(metrics)} of {s.epochs}")
     if rank():
@@ -629,6 +578,7 @@ def train(
     for epoch in range(len(metrics) + 1, s.epochs + 1):
         start, lr = time.perf_counter(), scheduler.get_last_lr()[0]
         data = batches(train_split, s.batch_size, generator, flip=s.dataset == "cifar10")
+        model.train()
         hidden = True if rank() else None  # None: where there is no terminal
         with tqdm(total=steps, desc=f"epoch {epoch}/{s.epochs}", leave=False, disable=hidden) as bar:
             row = train_epoch(s, opt, data, normalize, bar)
@@ -661,47 +611,43 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def line(m: dict[str, Any], epochs: int) -> str:
-    def number(name: str) -> str:
-        return "   -  " if m[name] is None else f"{m[name]:6.4f}"
+# What an epoch's line and the report show: the key in metrics.jsonl, the title and the format.
+COLUMNS = {
+    "train_loss": ("train loss", ".4f"),
+    "train_acc": ("train acc", ".2%"),
+    "test_loss": ("test loss", ".4f"),
+    "test_acc": ("test acc", ".2%"),
+    "sharpness": ("sharpness", ".4f"),
+    "realised_sharpness": ("realised", ".4f"),
+    "seconds": ("seconds", ".1f"),
+}
 
-    return (
-        f"epoch {m['epoch']:3}/{epochs}  lr {m['lr']:.2g}  train loss {m['train_loss']:.4f} acc {m['train_acc']:6.2%}  "
-        f"test loss {m['test_loss']:.4f} acc {m['test_acc']:6.2%}  sharpness {number('sharpness')} "
-        f"realised {number('realised_sharpness')}  {m['seconds']:.1f} s"
-    )
+
+def cells(m: dict[str, Any]) -> dict[str, str]:
+    """By title."""
+    return {title: "-" if m[key] is None else format(m[key], form) for key, (title, form) in COLUMNS.items()}
+
+
+def line(m: dict[str, Any], epochs: int) -> str:
+    columns = "  ".join(f"{title} {cell:>6}" for title, cell in cells(m).items())
+    return f"epoch {m['epoch']:3}/{epochs}  lr {m['lr']:<6.2g}  {columns}"
 
 
 def report(folders: list[str]) -> str:
-    """A table of the last epoch of each run."""
-    rows = [("run", "optimizer", "epochs", "train loss", "train acc", "test acc", "sharpness", "realised", "s/epoch")]
-    for folder in folders:
+    """A table of the last epoch of each run; the seconds are the mean of its epochs."""
+    rows = [("run", "optimizer", "epochs", *(title for title, _ in COLUMNS.values()))]
+    for folder in map(Path, folders):
         try:
-            s = json.loads((Path(folder) / "config.json").read_text())["settings"]
-            epochs = [json.loads(x) for x in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+            s = json.loads((folder / "config.json").read_text())["settings"]
+            epochs = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
         except OSError as error:
             raise RunError(f"--report: {folder} holds no run: {error}") from error
-        m = epochs[-1]
-        kind = f" + {'ASAM' if s['adaptive'] else 'SAM'} {s['rho']:g}" if s["rho"] else ""
-        rows.append(
-            (
-                Path(folder).name,
-                s["base"] + kind,
-                f"{m['epoch']}/{s['epochs']}",
-                f"{m['train_loss']:.4f}",
-                f"{m['train_acc']:.2%}",
-                f"{m['test_acc']:.2%}",
-                "-" if m["sharpness"] is None else f"{m['sharpness']:.4f}",
-                "-" if m["realised_sharpness"] is None else f"{m['realised_sharpness']:.4f}",
-                f"{sum(e['seconds'] for e in epochs) / len(epochs):.1f}",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rule = tuple("-" * w for w in widths)
-    return "\n".join(
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in (rows[0], rule, *rows[1:])
-    )
+        last = {**epochs[-1], "seconds": sum(m["seconds"] for m in epochs) / len(epochs)}
+        sam = f" + {'ASAM' if s['adaptive'] else 'SAM'} {s['rho']:g}" if s["rho"] else ""
+        rows.append((folder.name, s["base"] + sam, f"{last['epoch']}/{s['epochs']}", *cells(last).values()))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
 
 
 def main(argv: list[str] | None = None) -> int:
