@@ -401,8 +401,8 @@ class FusedSAM(SAM):
             their own ``rho``, ``adaptive`` and ``eta``. Float32, float64, bfloat16 or float16 tensors of any shape and
             strides, mixed at will; arithmetic is in float32 (float64 for float64) and norms are summed in float64.
             DTensors (FSDP2) may be sharded or replicated: the norm is summed over their mesh.
-        base: an optimizer class. SGD, Adam and AdamW of ``torch.optim`` have native updates, fused with the restoring
-            of the weights; any other class works by its own ``step()``.
+        base: an optimizer class. Those of ``sam_fused.bases.NATIVE`` have native updates, fused with the restoring of
+            the weights; any other class works by its own ``step()``.
         rho: radius of the neighbourhood, >= 0, in the units of the weights (for ASAM, relative to them).
         adaptive: ASAM, T = abs(w) + eta, element by element.
         eta: ASAM's offset, >= 0.

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sam_fused import _C
+from sam_fused.bases import UPDATES
 from tests.cuda import sass
 from tests.helpers.paths import ROOT
 
@@ -32,7 +33,7 @@ def test_machine_code():
     assert archs
     for arch in archs:
         kernels = sass.kernels(binary, path, arch)
-        assert sum(name.startswith("update_kernel") for name in kernels) == 32  # bases x types x sizes
+        assert sum(name.startswith("update_kernel") for name in kernels) == len(UPDATES) * 4 * 2  # types, sizes
         for name, kernel in kernels.items():
             where = f"{arch}, {name}: {kernel}"
             assert kernel.local_bytes == 0, where
