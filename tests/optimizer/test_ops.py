@@ -58,7 +58,11 @@ def arguments(op, base="adam", dtype=torch.float32, sizes=(5, 3)):
         "params": common["params"],
         "grads": common["grads"],
         "backups": [backups[0], *[None for _ in sizes[2:]], backups[-1]],
-        "state": [t.abs() for k in range(len(UPDATES[base].state)) for t in make(dtype, sizes, 4 + k)],
+        "state": [
+            1 + t.abs() if "sq" in key else t / 8  # a mean of squares is larger than the square of the mean
+            for k, key in enumerate(UPDATES[base].state)
+            for t in make(dtype, sizes, 4 + k)
+        ],
         "steps": [torch.tensor(float(i)) for i in range(len(sizes))] if UPDATES[base].counts_steps else [],
         "hyper": rows(*2 * [list(UPDATES[base].hyper.values())]),
         "group_sizes": common["group_sizes"],
