@@ -162,8 +162,53 @@ struct AdamBase {
 using Adam = AdamBase<false>;
 using AdamAmsgrad = AdamBase<true>;
 
+// torch.optim.RMSprop. States: square_avg, and with kMomentum momentum_buffer, with kCentered grad_avg.
+template <bool kMomentum, bool kCentered>
+struct RmspropBase {
+  static constexpr const char* name = kMomentum ? (kCentered ? "rmsprop_momentum_centered" : "rmsprop_momentum")
+                                                : (kCentered ? "rmsprop_centered" : "rmsprop");
+  static constexpr int states = 1 + kMomentum + kCentered;
+  static constexpr bool counts_steps = true;  // which nothing but the state's "step" depends on
+
+  struct Hyper {
+    double lr, weight_decay, maximize, alpha, eps, momentum;
+  };
+
+  struct Step {
+    SAM_FN Step(const Hyper&, double /*count*/) {}
+  };
+
+  template <class A>
+  struct Update {
+    A lr, weight_decay, gain, alpha, one_minus_alpha, eps, momentum;
+    SAM_FN Update(const Hyper& h, const Step&, double grad_scale)
+        : lr(static_cast<A>(h.lr)),
+          weight_decay(static_cast<A>(h.weight_decay)),
+          gain(static_cast<A>((h.maximize != 0 ? -1 : 1) / grad_scale)),
+          alpha(static_cast<A>(h.alpha)),
+          one_minus_alpha(static_cast<A>(1 - h.alpha)),
+          eps(static_cast<A>(h.eps)),
+          momentum(static_cast<A>(h.momentum)) {}
+    SAM_FN void operator()(A& w, A g, A* state) const {
+      g = gain * g;
+      if (weight_decay != 0) g += weight_decay * w;
+      state[0] = alpha * state[0] + one_minus_alpha * g * g;
+      A v = state[0];
+      if constexpr (kCentered) {
+        A& avg = state[1 + kMomentum];
+        avg = alpha * avg + one_minus_alpha * g;
+        v -= avg * avg;
+      }
+      A step = g / (std::sqrt(v) + eps);
+      if constexpr (kMomentum) step = state[1] = momentum * state[1] + step;
+      w -= lr * step;
+    }
+  };
+};
+
 // The registry: ops look a base up by its name, backends by its place here.
-using Bases = std::tuple<Sgd, SgdMomentum, Adam, AdamAmsgrad>;
+using Bases = std::tuple<Sgd, SgdMomentum, Adam, AdamAmsgrad, RmspropBase<false, false>, RmspropBase<true, false>,
+                         RmspropBase<false, true>, RmspropBase<true, true>>;
 constexpr int kMaxStates = []<class... Base>(std::tuple<Base...>*) {
   return std::max({Base::states...});
 }(static_cast<Bases*>(nullptr));

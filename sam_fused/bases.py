@@ -6,6 +6,7 @@ Tests, benchmarks and the cost model take what they need from the entry.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -97,6 +98,24 @@ def _adams(decoupled: bool) -> tuple[Update, Update]:
 
 _ADAM, _ADAMW = _adams(decoupled=False), _adams(decoupled=True)
 
+_RMSPROP_HYPER = {
+    "lr": 0.125,
+    "weight_decay": 2**-7,
+    "maximize": 1.0,
+    "alpha": 1 - 2**-6,
+    "eps": 2**-13,
+    "momentum": 0.5,
+}
+
+
+def _rmsprop(momentum: bool, centered: bool) -> Update:
+    name = "rmsprop" + "_momentum" * momentum + "_centered" * centered
+    state = ("square_avg", *["momentum_buffer"] * momentum, *["grad_avg"] * centered)
+    return Update(name, state, _RMSPROP_HYPER, counts_steps=True)
+
+
+_RMSPROP = {flags: _rmsprop(*flags) for flags in itertools.product((False, True), repeat=2)}
+
 NATIVE: dict[type[Optimizer], Native] = {
     torch.optim.SGD: Native(
         _SGD,
@@ -122,6 +141,16 @@ NATIVE: dict[type[Optimizer], Native] = {
         {
             "adamw": {"lr": 1e-2, "weight_decay": 0.1},
             "adamw_amsgrad": {"lr": 1e-2, "amsgrad": True},
+        },
+    ),
+    torch.optim.RMSprop: Native(
+        tuple(_RMSPROP.values()),
+        lambda group: _RMSPROP[group["momentum"] > 0, bool(group["centered"])],
+        {
+            "rmsprop": {"lr": 1e-2},
+            "rmsprop_momentum": {"lr": 1e-2, "momentum": 0.5, "weight_decay": 1e-2, "alpha": 0.9},
+            "rmsprop_centered": {"lr": 1e-2, "centered": True, "maximize": True, "eps": 1e-4},
+            "rmsprop_momentum_centered": {"lr": 1e-2, "momentum": 0.5, "centered": True, "alpha": 0.8},
         },
     ),
 }

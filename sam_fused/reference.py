@@ -87,8 +87,29 @@ def adam(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> 
     return w - group["lr"] * m_hat / (v_hat.sqrt() + group["eps"])
 
 
+def rmsprop(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """torch.optim.RMSprop: returns the new weight."""
+    keys = ["square_avg", *["momentum_buffer"] * (group["momentum"] > 0), *["grad_avg"] * group["centered"]]
+    new = {key: torch.zeros_like(w, dtype=group["dtype"]) for key in keys if key not in state}
+    state.update(new, step=state.get("step", torch.tensor(0.0, dtype=torch.float32, device="cpu")) + 1)
+    if group["maximize"]:
+        g = -g
+    g = g + group["weight_decay"] * w
+    v = group["alpha"] * wide(state["square_avg"]) + (1 - group["alpha"]) * g * g
+    state["square_avg"].copy_(v)
+    if group["centered"]:
+        mean = group["alpha"] * wide(state["grad_avg"]) + (1 - group["alpha"]) * g
+        state["grad_avg"].copy_(mean)
+        v = v - mean * mean
+    step = g / (v.sqrt() + group["eps"])
+    if group["momentum"] > 0:
+        step = group["momentum"] * wide(state["momentum_buffer"]) + step
+        state["momentum_buffer"].copy_(step)
+    return w - group["lr"] * step
+
+
 #: The update of each class of ``bases.NATIVE``.
-UPDATES = {torch.optim.SGD: sgd, torch.optim.Adam: adam, torch.optim.AdamW: adam}
+UPDATES = {torch.optim.SGD: sgd, torch.optim.Adam: adam, torch.optim.AdamW: adam, torch.optim.RMSprop: rmsprop}
 
 
 class Reference(Arithmetic):
