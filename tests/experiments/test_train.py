@@ -402,6 +402,7 @@ def test_ctrl_c_ends_cleanly(tmp_path):
     assert metrics(out)
 
 
+@pytest.mark.slow
 def test_the_test_set_is_small_but_in_the_last_epoch(tmp_path, monkeypatch):
     sizes, evaluate = [], train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda m, split, n: sizes.append(len(split.labels)) or evaluate(m, split, n))
@@ -413,6 +414,7 @@ def test_the_test_set_is_small_but_in_the_last_epoch(tmp_path, monkeypatch):
     model.load_state_dict(torch.load(out / "weights-0002.pt", weights_only=True))
 
 
+@pytest.mark.slow
 def test_the_config_holds_no_paths(tmp_path):
     assert train.main([*TINY, "--epochs", "1", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]) == 0
     assert str(tmp_path) not in (tmp_path / "run" / "config.json").read_text()
