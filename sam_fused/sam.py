@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import amp
@@ -184,7 +185,7 @@ class SAM(Optimizer):
         self._arithmetic.update(grad_scale, found_inf)
         _forget_casts()
         self._statistics.thaw()
-        self.base_optimizer._opt_called = True  # what a scheduler that was given the base asks for
+        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]  # what a scheduler that was given the base asks for
 
     def _device(self) -> torch.device:
         """Of the first parameter: where the sharpness is."""
@@ -344,7 +345,7 @@ class SAM(Optimizer):
             self.base_optimizer.__setstate__(_keep_options(self, state))
 
 
-@torch._disable_dynamo
+@_disable_dynamo
 def _forget_casts() -> None:
     """Autocast keeps the casts of weights until its outermost context ends, which may lie around both passes."""
     torch.clear_autocast_cache()
