@@ -10,29 +10,30 @@ SOURCES := setup.py $(wildcard csrc/*)
 
 .PHONY: demo test lint format build bench gpu-check clean
 
-demo: build
+demo: $(VENV)/.with-demo
 	rm -rf runs/demo
 	$(DEMO) --rho 0 --out runs/demo/adam
 	$(DEMO) --rho 0.05 --out runs/demo/adam+sam
 	$(BIN)/python train.py --report runs/demo/adam runs/demo/adam+sam
 
-test: build
+test: $(VENV)/.with-test
 	$(BIN)/python -m pytest
 
 # Some ten minutes on two cores; leave the machine alone meanwhile.
-bench: build
+bench: $(VENV)/.with-bench
 	$(BIN)/python -m benchmarks.speed.step --out $(RESULTS)
 	$(BIN)/python -m benchmarks.speed.training --out $(RESULTS)
 	$(BIN)/python -m benchmarks.speed.scaling --out $(RESULTS)
 
 # On a machine with a GPU. Its report, to be committed: make gpu-check OUT=results/gpu/h100.md
-gpu-check: build
+gpu-check: $(VENV)/.with-test
 	$(BIN)/python -m tests.gpu.toolkit
 	$(BIN)/python -m tests.gpu_check --out $(OUT)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy sam_fused train.py
 	$(BIN)/clang-format --dry-run --Werror csrc/* tests/emulation/*.cpp tests/emulation/*.h tests/cpu_backend/*.h
 
 format: $(VENV)/.lint
@@ -49,11 +50,16 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
-	$(BIN)/pip install --no-build-isolation -e '.[test]'
+	$(BIN)/pip install --no-build-isolation -e .
+	touch $@
+
+# One extra of sam_fused, which is there by now and is not built again.
+$(VENV)/.with-%: $(VENV)/.built
+	$(BIN)/pip install 'sam_fused[$*]'
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install 'ruff==0.17.*' 'clang-format==23.*'
+	$(BIN)/pip install 'ruff==0.17.*' 'clang-format==23.*' 'mypy==2.4.*'
 	touch $@
 
 clean:
