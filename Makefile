@@ -10,33 +10,34 @@ SOURCES := setup.py $(wildcard csrc/*)
 
 .PHONY: demo test test-fast lint format build bench gpu-check clean
 
-demo: build
+demo: $(VENV)/.with-demo
 	rm -rf runs/demo
 	$(DEMO) --rho 0 --out runs/demo/adam
 	$(DEMO) --rho 0.05 --out runs/demo/adam+sam
 	$(BIN)/python train.py --report runs/demo/adam runs/demo/adam+sam
 
-test: build
+test: $(VENV)/.with-test
 	$(BIN)/python -m pytest
 
 # What a change of a Python file needs, in about a minute.
-test-fast: build
+test-fast: $(VENV)/.with-test
 	$(BIN)/python -m pytest -m 'not slow'
 
 # Some ten minutes on two cores; leave the machine alone meanwhile.
-bench: build
+bench: $(VENV)/.with-bench
 	$(BIN)/python -m benchmarks.speed.step --out $(RESULTS)
 	$(BIN)/python -m benchmarks.speed.training --out $(RESULTS)
 	$(BIN)/python -m benchmarks.speed.scaling --out $(RESULTS)
 
 # On a machine with a GPU. Its report, to be committed: make gpu-check OUT=results/gpu/h100.md
-gpu-check: build
+gpu-check: $(VENV)/.with-test
 	$(BIN)/python -m tests.cuda.gpu.toolkit
 	$(BIN)/python -m tests.cuda.gpu_check --out $(OUT)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy sam_fused train.py
 	$(BIN)/clang-format --dry-run --Werror csrc/* tests/cuda/emulation/*.cpp tests/cuda/emulation/*.h tests/cpu/*.h
 
 format: $(VENV)/.lint
@@ -53,11 +54,16 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
-	$(BIN)/pip install --no-build-isolation -e '.[test]'
+	$(BIN)/pip install --no-build-isolation -e .
+	touch $@
+
+# One extra of sam_fused, which is there by now and is not built again.
+$(VENV)/.with-%: $(VENV)/.built
+	$(BIN)/pip install 'sam_fused[$*]'
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install 'ruff==0.17.*' 'clang-format==23.*'
+	$(BIN)/pip install 'ruff==0.17.*' 'clang-format==23.*' 'mypy==2.4.*'
 	touch $@
 
 clean:

@@ -22,7 +22,7 @@ class FrozenStatistics:
     """
 
     def __init__(self) -> None:
-        self.modules: list[nn.Module] = []  # on record before the first is frozen, until the last is thawed
+        self.modules: list[_BatchNorm] = []  # on record before the first is frozen, until the last is thawed
 
     def freeze(self, model: nn.Module) -> None:
         if any(isinstance(m, torch.jit.ScriptModule) and m.training and _counts_batches(m) for m in model.modules()):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:  # slow to import
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+    Place = tuple[DeviceMesh, tuple[Placement, ...]]
 
 # ---- replicas ----
 
@@ -57,7 +63,7 @@ def without_ddp(model: nn.Module) -> nn.Module:
 # ---- shards ----
 
 
-def is_dtensor(t: object) -> bool:
+def is_dtensor(t: object) -> TypeGuard[DTensor]:
     module = sys.modules.get("torch.distributed.tensor")  # slow to import, and without it there is none
     return module is not None and isinstance(t, module.DTensor)
 
@@ -67,7 +73,7 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if is_dtensor(t) else t
 
 
-def placement(t: Tensor) -> Hashable:
+def placement(t: Tensor) -> Place | None:
     """How a DTensor lies on its mesh; None for a plain tensor."""
     return (t.device_mesh, t.placements) if is_dtensor(t) else None
 
@@ -75,6 +81,7 @@ def placement(t: Tensor) -> Hashable:
 def local_like(t: Tensor, p: Tensor) -> Tensor:
     """What this process holds of ``t`` once that is placed as ``p`` is."""
     if is_dtensor(p) and placement(t) != placement(p):
+        assert is_dtensor(t)  # as the gradients and the state of a DTensor are
         t = t.redistribute(p.device_mesh, p.placements)
     return local(t)
 
@@ -99,7 +106,7 @@ def check_distributed(p: Tensor, what: str) -> None:
         )
 
 
-def sum_over_shards(squares: Tensor, place: Hashable) -> Tensor:
+def sum_over_shards(squares: Tensor, place: Place | None) -> Tensor:
     """Sums of squares over the shards of this process to sums over all, for DTensors of one ``placement``, in place."""
     if place is not None:
         mesh, parts = place
@@ -122,7 +129,7 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
 # ---- values of several processes ----
 
 
-def process_groups(model: nn.Module, params: list[Tensor]) -> list[Any]:
+def process_groups(model: nn.Module, params: Sequence[Tensor]) -> list[Any]:
     """Groups through which, one after the other, this process reaches all that share ``model`` or its largest mesh."""
     replicas = _replicas(model)
     if replicas is not None:
@@ -134,7 +141,7 @@ def process_groups(model: nn.Module, params: list[Tensor]) -> list[Any]:
     return [mesh.get_group(dim) for dim in range(mesh.ndim)]
 
 
-def mesh_device(params: list[Tensor]) -> torch.device:
+def mesh_device(params: Sequence[Tensor]) -> torch.device:
     """Where processes exchange what belongs to ``params``, which may be elsewhere (FSDP2's CPU offload)."""
     mesh = next((p.device_mesh for p in params if is_dtensor(p)), None)
     return params[0].device if mesh is None else torch.device(mesh.device_type)

@@ -15,13 +15,11 @@ from torch.library import register_fake
 from . import _C  # noqa: F401  (which defines the operators)
 
 
-@register_fake("sam_fused::grad_sq_norm")
-def _(params: list[Tensor], grads: list[Tensor], ascent: Tensor, group_sizes: list[int]) -> Tensor:
+def _grad_sq_norm(params: list[Tensor], grads: list[Tensor], ascent: Tensor, group_sizes: list[int]) -> Tensor:
     return params[0].new_empty(len(group_sizes), dtype=torch.float64)
 
 
-@register_fake("sam_fused::sharpness_")
-def _(sq_norms: Tensor, ascent: Tensor, total: Tensor, grad_scale: Tensor | None = None) -> Tensor:
+def _sharpness_(sq_norms: Tensor, ascent: Tensor, total: Tensor, grad_scale: Tensor | None = None) -> Tensor:
     return sq_norms.new_empty(3)
 
 
@@ -29,5 +27,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Of an operator that only writes to its arguments."""
 
 
+register_fake("sam_fused::grad_sq_norm", _grad_sq_norm)
+register_fake("sam_fused::sharpness_", _sharpness_)
 for _name in ("perturb_", "restore_", "restore_step_"):
     register_fake(f"sam_fused::{_name}", _nothing)

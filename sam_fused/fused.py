@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,13 @@ from .distributed import is_dtensor, local, local_like, placed_like, placement, 
 from .geometry import radii, signed_radius
 from .parameters import check_memory, name_of
 
+if TYPE_CHECKING:
+    from .distributed import Place
+
+_import_error: ImportError | None = None
 try:
     from . import _C, fakes  # noqa: F401  (the operators, and what they are in a trace)
 except ImportError as error:  # FusedSAM raises it where it is constructed
-    _C = None
     _import_error = error
 
 BUILD_COMMAND = "pip install --no-build-isolation -e ."
@@ -30,21 +33,18 @@ BUILD_COMMAND = "pip install --no-build-isolation -e ."
 
 def extension() -> ModuleType:
     """sam_fused._C. Raises ImportError, with what to do, where it could not be imported."""
-    if _C is not None:
+    if _import_error is None:
         return _C
     here = Path(__file__).parent
     where = "from the source tree"
-    if (here.parent / "setup.py").exists() and not list(here.glob("_C.*")):
+    if (here.parent / "setup.py").exists() and not list(here.glob("_C.*.so")):
         where = f"in {here.parent}, the source tree, which Python takes here instead of an installed sam_fused,"
     raise ImportError(
         f"sam_fused's extension could not be imported: {_import_error}. Build it {where} with: {BUILD_COMMAND}"
     ) from _import_error
 
 
-_Place = tuple[torch.device, Hashable]
-
-
-def _place(p: Tensor) -> _Place:
+def _place(p: Tensor) -> tuple[torch.device, Place | None]:
     """What the tensors of one operator call share: the device, and the placement on a mesh."""
     return p.device, placement(p)
 
@@ -55,7 +55,7 @@ class _Batch:
     All have one ``place``. The operators see :meth:`local_params`; backups and state are held as this process's parts.
     """
 
-    def __init__(self, place: _Place, update: Update | None) -> None:
+    def __init__(self, place: tuple[torch.device, Place | None], update: Update | None) -> None:
         self.device, self.placement = place
         self.update = update
         self.params: list[Tensor] = []
@@ -71,7 +71,7 @@ class _Batch:
     def append(self, position: int, p: Tensor, group: Group) -> None:
         self.params.append(p)
         self.positions.append(position)
-        self.casts |= p.grad.dtype != p.dtype
+        self.casts |= p.grad is not None and p.grad.dtype != p.dtype
         if not self.groups or self.groups[-1] is not group:
             self.groups.append(group)
             self.sizes.append(0)
@@ -107,7 +107,7 @@ class _Batch:
         kept = [isinstance(lr, Tensor) and (lr.device == self.device or not lr.is_cpu) for lr in lrs]
         if not any(kept):
             return None
-        options = {"dtype": torch.float64, "device": self.device}
+        options: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
         return torch.stack(
             [
                 lr.to(**options).reshape(()) if k else torch.full((), float(lr), **options)
@@ -160,7 +160,7 @@ def _pooled(params: list[Tensor], pool: int) -> list[Tensor]:
     call walks through together. It shifts their beginnings by 1 KiB: at equal offsets within a page they would push
     each other out of the cache (24 x 4 M, Adam's update with one thread: 90 ms against 60).
     """
-    sizes: dict[Hashable, int] = defaultdict(int)
+    sizes: dict[tuple[torch.dtype, torch.device], int] = defaultdict(int)
     offsets = []
     params = [local(p) for p in params]
     for p in params:
@@ -253,11 +253,13 @@ class Fused(Arithmetic):
         for position, (p, group, update, _) in enumerate(plan.active):
             to = _batch_for(batches, p, update)
             to.append(position, p, group)
+            assert update is not None  # or the plan is composed
             if update.counts_steps:
                 to.steps.append(state[p]["step"])
             if update.state:
                 plan.held.append(list(state[p].values()))
         for to in batches.values():
+            assert to.update is not None
             to.state = [local(state[p][key]) for key in to.update.state for p in to.params]
         plan.matched = None
         plan.descent = list(batches.values())
@@ -268,6 +270,7 @@ class Fused(Arithmetic):
         wanted: dict[str, list[Tensor]] = defaultdict(list)
         uncounted: list[Tensor] = []
         for p, _, update, name in plan.active:
+            assert update is not None
             state = self.base.state[p] if update.state else {}
             for key in update.state:
                 old = state.get(key)
@@ -309,7 +312,7 @@ class Fused(Arithmetic):
         plan.matched = None  # until all of it is done
         perturbed = [pair for batch in self.record or [] for pair in zip(batch.params, batch.backups, strict=True)]
         backup_of = {id(p): backup for p, backup in perturbed}
-        for batch in plan.descent:
+        for batch in plan.descent or []:
             batch.backups = [backup_of.pop(id(p), None) for p in batch.params]
         plan.leftover = [(p, backup) for p, backup in perturbed if id(p) in backup_of]
         plan.matched = list(self.record or [])
@@ -372,7 +375,9 @@ class Fused(Arithmetic):
             self._match(plan)
         _restore(plan.leftover)
         off_record = None if self.record is None else self.record.clear
-        for batch in plan.descent:
+        descent = plan.descent or []
+        for batch in descent:
+            assert batch.update is not None
             _C.restore_step_(
                 batch.update.name,
                 batch.local_params(),
@@ -385,7 +390,7 @@ class Fused(Arithmetic):
                 batch.lr(),
                 None if grad_scale is None else grad_scale.to(batch.device),
                 None if found_inf is None else found_inf.to(batch.device),
-                hook=off_record if batch is plan.descent[-1] else None,
+                hook=off_record if batch is descent[-1] else None,
             )
             batch.mark_changed()
         self.record = None

@@ -38,7 +38,8 @@ def check_options(options: dict[str, Any]) -> None:
 
 def _is_finite(value: Any) -> bool:
     """Whether it is a finite number >= 0."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value < math.inf
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and bool(0 <= value < math.inf)
 
 
 def radii(groups: Iterable[dict[str, Any]]) -> list[float]:

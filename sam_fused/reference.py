@@ -57,7 +57,8 @@ def sgd(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> T
             state["momentum_buffer"] = torch.empty_like(w, dtype=group["dtype"])
         state["momentum_buffer"].copy_(buffer)
         g = g + group["momentum"] * buffer if group["nesterov"] else buffer
-    return w - group["lr"] * g
+    lr: float | Tensor = group["lr"]
+    return w - lr * g
 
 
 def adam(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
@@ -82,9 +83,11 @@ def adam(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> 
     if group["amsgrad"]:
         v = torch.maximum(wide(state["max_exp_avg_sq"]), v)
         state["max_exp_avg_sq"].copy_(v)
-    m_hat = m / (1 - beta1**t)
+    m_hat: Tensor = m / (1 - beta1**t)
     v_hat = v / (1 - beta2**t)
-    return w - group["lr"] * m_hat / (v_hat.sqrt() + group["eps"])
+    denominator: Tensor = v_hat.sqrt() + group["eps"]
+    lr: float | Tensor = group["lr"]
+    return w - lr * m_hat / denominator
 
 
 def rmsprop(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
@@ -101,7 +104,7 @@ def rmsprop(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) 
         mean = group["alpha"] * wide(state["grad_avg"]) + (1 - group["alpha"]) * g
         state["grad_avg"].copy_(mean)
         v = v - mean * mean
-    step = g / (v.sqrt() + group["eps"])
+    step: Tensor = g / (v.sqrt() + group["eps"])
     if group["momentum"] > 0:
         step = group["momentum"] * wide(state["momentum_buffer"]) + step
         state["momentum_buffer"].copy_(step)
@@ -119,7 +122,7 @@ class Reference(Arithmetic):
         super().__init__(base)
         self._addresses: list[int] = []  # of the parameters, as last checked
 
-    def _with_grad(self) -> Iterator[tuple[Group, Tensor]]:
+    def _with_grad(self) -> Iterator[tuple[Group, Tensor, Tensor]]:
         groups = self.base.param_groups
         addresses = [p.data_ptr() for group in groups for p in group["params"] if not is_dtensor(p) and not p.is_meta]
         if addresses != self._addresses:
@@ -132,18 +135,18 @@ class Reference(Arithmetic):
                         raise TypeError(f"{name_of(groups, g, i)}: ReferenceSAM does not take DTensors; FusedSAM does")
                     if p.grad.is_sparse:
                         raise RuntimeError(f"{name_of(groups, g, i)}.grad: sparse gradients are not supported")
-                    yield group, p
+                    yield group, p, p.grad
 
     def measure(self, total: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, Any]:
         radii(self.base.param_groups)
-        ascent = [(group, p) for group, p in self._with_grad() if group["rho"] > 0]
+        ascent = [active for active in self._with_grad() if active[0]["rho"] > 0]
         squares = [
-            (ascent_scale(wide(p), group) * wide(p.grad.to(p.dtype))).double().square().sum().to(total.device)
-            for group, p in ascent
+            (ascent_scale(wide(p), group) * wide(grad.to(p.dtype))).double().square().sum().to(total.device)
+            for group, p, grad in ascent
         ]
         zero = torch.zeros((), dtype=torch.float64, device=total.device)
         norm = torch.stack([zero, *squares]).sum().sqrt()
-        sharpness = sum((group["rho"] * sq / norm for (group, _), sq in zip(ascent, squares, strict=True)), zero)
+        sharpness = sum((group["rho"] * sq / norm for (group, *_), sq in zip(ascent, squares, strict=True)), zero)
         sharpness = torch.where(norm == 0, zero, sharpness)
         values = torch.stack([norm, sharpness, norm])
         if grad_scale is not None:
@@ -155,11 +158,11 @@ class Reference(Arithmetic):
     def perturb(self, measured: tuple[Tensor, Any]) -> None:
         values, ascent = measured
         norm = values[NORM].item()
-        self.record = [(p, p.clone()) for _, p in ascent]
+        self.record = [(p, p.clone()) for _, p, _ in ascent]
         if not math.isfinite(norm):
             return
-        for group, p in ascent:
-            w, g = wide(p), wide(p.grad.to(p.dtype))
+        for group, p, grad in ascent:
+            w, g = wide(p), wide(grad.to(p.dtype))
             t = ascent_scale(w, group)
             perturbed = w + signed_radius(group) / (norm + 1e-12) * t * (t * g)
             p.copy_(_round_randomly(perturbed, p, norm) if p.element_size() == 2 else perturbed)
@@ -170,8 +173,8 @@ class Reference(Arithmetic):
         self.record = None
 
     def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        updates = [(group, p, native_update(self.base, group)) for group, p in self._with_grad()]
-        if any(update is None or p.grad.dtype != p.dtype for _, p, update in updates):
+        active = list(self._with_grad())
+        if any(native_update(self.base, group) is None or g.dtype != p.dtype for group, p, g in active):
             self.update_composed(grad_scale, found_inf)
             return
         for p, backup in self.record or []:
@@ -179,8 +182,8 @@ class Reference(Arithmetic):
         if found_inf is None or not found_inf.item():
             scale = 1.0 if grad_scale is None else grad_scale.item()
             decoupled = isinstance(self.base, torch.optim.AdamW)
-            for group, p, _ in updates:
+            for group, p, grad in active:
                 options = {"decoupled_weight_decay": decoupled, **group, "dtype": p.dtype}
                 step = UPDATES[type(self.base)]
-                p.copy_(step(wide(p), wide(p.grad) / scale, self.base.state[p], options))
+                p.copy_(step(wide(p), wide(grad) / scale, self.base.state[p], options))
         self.record = None

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import amp
@@ -176,7 +177,7 @@ class SAM(Optimizer):
     # torch.compile leaves these three as they are, as it does torch.optim's own loading and adding of groups. Where the
     # weights move, autocast is to forget its casts of them: its outermost context may lie around both passes.
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _ascend(self, perturb: bool) -> None:
         device = self._device()
         if self._total.device != device:  # the parameters have moved, or had no memory when it was made
@@ -193,7 +194,7 @@ class SAM(Optimizer):
             if self.model is not None:
                 self._statistics.freeze(self.model)
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _descend(self) -> None:
         """The second half of a step."""
         grad_scale, found_inf = amp.given(self, self._device())
@@ -205,9 +206,10 @@ class SAM(Optimizer):
         self._arithmetic.update(grad_scale, found_inf)
         torch.clear_autocast_cache()
         self._statistics.thaw()
-        self.base_optimizer._opt_called = True  # what a scheduler that was given the base asks for
+        # what a scheduler that was given the base asks for
+        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _restore(self) -> None:
         self._arithmetic.restore()
         torch.clear_autocast_cache()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from .distributed import (
 )
 from .geometry import ascent_scale, check_options
 from .parameters import check_group, check_memory
+
+T = TypeVar("T")
 
 KINDS = ("first_order", "realised", "average")
 
@@ -170,7 +172,7 @@ class _Landscape:
         self.sharded = fsdp_modules(self.model)
         for module in self.sharded:
             module.reshard()  # a forward without a backward leaves the root's parameters whole
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        named: list[tuple[str, Tensor]] = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("model: expected a parameter that requires a gradient, got none")
         _check_parameters(named)
@@ -204,7 +206,7 @@ class _Landscape:
 
     # ---- what is moved, and put back ----
 
-    def explore(self, measure: Callable[[], Any]) -> Any:
+    def explore(self, measure: Callable[[], T]) -> T:
         """``measure()``; afterwards the model is as it was, also where an exception or an interrupt ends it."""
         with torch.inference_mode(False):
             try:

@@ -410,7 +410,7 @@ def test_the_test_set_is_small_but_in_the_last_epoch(tmp_path, monkeypatch):
     assert train.main([*TINY, "--epochs", "3", "--eval-size", "50", "--keep-every", "2", "--out", str(out)]) == 0
     assert sizes == [50, 50, len(train.load_digits()[1].labels)]
     assert [f.name for f in out.glob("weights-*.pt")] == ["weights-0002.pt"]
-    model = train.ARCHS["resnet18"](2)
+    model = train.ARCHS["resnet18"](8)
     model.load_state_dict(torch.load(out / "weights-0002.pt", weights_only=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import tarfile
 
 import pytest
 
+import sam_fused
+from sam_fused import _C
 from sam_fused.fused import BUILD_COMMAND
 from tests.helpers.paths import ROOT
 
@@ -17,11 +20,23 @@ def test_the_source_distribution_builds_by_itself(tmp_path):
     """It has every source, header and marker that the build and type checkers ask for."""
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+    with tarfile.open(tmp_path / f"sam_fused-{sam_fused.__version__}.tar.gz") as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}
-    modules = {f"sam_fused/{p.name}" for p in (ROOT / "sam_fused").glob("*.py")}
+    modules = {f"sam_fused/{p.name}" for p in (ROOT / "sam_fused").glob("*.py*") if p.is_file()}
     assert sources | modules | {"sam_fused/py.typed", "LICENSE", "README.md", "pyproject.toml", "setup.py"} <= names
+
+
+def test_the_stub_of_the_extension_names_what_it_has():
+    names = set()
+    for node in ast.parse((ROOT / "sam_fused" / "_C.pyi").read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+            arguments = getattr(_C, node.name).__doc__.partition("->")[0]  # which pybind11 writes
+            assert arguments.count(": ") == len([*node.args.posonlyargs, *node.args.args]), node.name
+        elif isinstance(node, ast.AnnAssign):
+            names.add(node.target.id)
+    assert names == {name for name in dir(_C) if not name.startswith("__")}
 
 
 def test_the_reference_never_imports_the_extension():
@@ -45,7 +60,7 @@ def test_a_source_tree_that_is_not_built_says_what_to_do(command, tmp_path):
     """Python takes it rather than the sam_fused that is installed."""
     tree = tmp_path / "tree"
     for name in ("sam_fused", "tests"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("_C.*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "train.py"):
         shutil.copy(ROOT / name, tree)
     done = subprocess.run([sys.executable, *command], cwd=tree, capture_output=True, text=True)
