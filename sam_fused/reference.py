@@ -97,6 +97,7 @@ def rmsprop(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) 
     state.update(new, step=state.get("step", torch.tensor(0.0, dtype=torch.float32, device="cpu")) + 1)
     if group["maximize"]:
         g = -g
+    lr: float | Tensor = group["lr"]
     g = g + group["weight_decay"] * w
     v = group["alpha"] * wide(state["square_avg"]) + (1 - group["alpha"]) * g * g
     state["square_avg"].copy_(v)
@@ -104,11 +105,12 @@ def rmsprop(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) 
         mean = group["alpha"] * wide(state["grad_avg"]) + (1 - group["alpha"]) * g
         state["grad_avg"].copy_(mean)
         v = v - mean * mean
-    step: Tensor = g / (v.sqrt() + group["eps"])
+    denominator: Tensor = v.sqrt() + group["eps"]
+    step = g / denominator
     if group["momentum"] > 0:
         step = group["momentum"] * wide(state["momentum_buffer"]) + step
         state["momentum_buffer"].copy_(step)
-    return w - group["lr"] * step
+    return w - lr * step
 
 
 #: The update of each class of ``bases.NATIVE``.

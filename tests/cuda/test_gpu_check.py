@@ -65,8 +65,8 @@ class Drifting:
     def __getattr__(self, name):
         return getattr(_C, name)
 
-    def perturb_(self, params, *args):
-        _C.perturb_(params, *args)
+    def perturb_(self, params, *args, **hook):
+        _C.perturb_(params, *args, **hook)
         params[0].add_(next(self.counter))
 
 

@@ -59,11 +59,11 @@ def test_a_perturbation_that_fails_halfway_is_undone(monkeypatch):
         def __getattr__(self, name):
             return getattr(_C, name)
 
-        def perturb_(self, *args):
+        def perturb_(self, *args, **hook):
             calls.append(args)
             if len(calls) == 2:
                 raise MemoryError
-            perturb(*args)
+            perturb(*args, **hook)
 
     monkeypatch.setattr(sam_fused.fused, "_C", Failing())
     with pytest.raises(MemoryError):
