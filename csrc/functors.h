@@ -31,8 +31,8 @@ struct Ascend {
     return w + scale * (kAdaptive ? t * (t * g) : g);  // t * t alone may overflow
   }
   // Perturbs element i of its tensor. Of most 16-bit weights, eps is less than half a unit in the last place, and
-  // rounding to nearest would lose it. So these are rounded by chance, which keeps it on average. The chance is a hash
-  // of the norm and i: it needs no state, differs from step to step, and a run repeats itself.
+  // rounding to nearest would lose it. So these are stochastically rounded, which keeps it on average. The random bits
+  // are a hash of the norm and i: it needs no state, differs from step to step, and a run repeats itself.
   template <class T>
   SAM_FN void perturb(T& w, A g, uint32_t i) const {
     const A x = perturbed(load(w), g);

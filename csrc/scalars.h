@@ -95,7 +95,7 @@ SAM_FN void store(Half& out, float x) {
 #endif
 }
 
-// store_randomly() rounds up or down by chance, so that the mean over all values of `random` is x.
+// store_randomly() rounds stochastically, so that the mean over all values of `random` is x.
 SAM_FN void store_randomly(BFloat16& out, float x, uint32_t random) {
   const uint32_t u = bits_of(x);
   const uint32_t rounded = (u + (random >> 16)) >> 16;

@@ -1,7 +1,7 @@
 """SAM in plain PyTorch loops, to be read beside Algorithm 1 of the paper: the oracle of the tests.
 
 Nothing here uses the extension. Arithmetic is in float32 or, for float64 parameters, in float64; what is stored is
-rounded once to the parameter's dtype, to nearest; the perturbed weights of 16 bits by chance.
+rounded once to the parameter's dtype, to nearest; perturbed weights of 16 bits are stochastically rounded.
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ class SAM(Optimizer):
         """Ascend: measure the sharpness from the present gradients and move the weights to w + eps.
 
         From here to :meth:`second_step` (or :meth:`step`, :meth:`restore`) :attr:`perturbed` is True and the BatchNorm
-        statistics of ``model`` stand still.
+        statistics of ``model`` are frozen.
 
         Args:
             zero_grad: then zero the gradients.
