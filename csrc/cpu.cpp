@@ -18,10 +18,10 @@
 namespace sam {
 namespace {
 
-constexpr int64_t kChunk = 1 << 14;       // elements; a chunk's streams fit into the L2 cache together
-constexpr int kBlock = 512;               // elements; a block's fit into the L1 cache
-constexpr int64_t kGrain = 1 << 17;       // elements; less than this is not worth a second thread
-constexpr int64_t kStreamFrom = 1 << 23;  // bytes of parameters; smaller jobs stay in the cache
+constexpr int64_t kChunk = 1 << 14;          // elements; the chunks of all of a row's tensors fit into the L2 cache
+constexpr int kBlock = 512;                  // elements; a block's fit into the L1 cache
+constexpr int64_t kGrain = 1 << 17;          // elements; less than this is not worth a second thread
+constexpr int64_t kPastCacheFrom = 1 << 23;  // bytes of parameters; smaller jobs stay in the cache
 
 // ---- instruction sets ----
 
@@ -75,10 +75,10 @@ void run(const F& f, int64_t begin, int64_t end) {
 
 // ---- memory ----
 
-// memcpy; past the cache if `stream`.
-SAM_FN void copy(void* to, const void* from, int64_t bytes, bool stream) {
+// memcpy; by non-temporal stores if `past_cache`.
+SAM_FN void copy(void* to, const void* from, int64_t bytes, bool past_cache) {
 #if SAM_X86
-  if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+  if (past_cache && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
     char* d = static_cast<char*>(to);
     const char* s = static_cast<const char*>(from);
     int64_t i = 0;
@@ -93,7 +93,7 @@ SAM_FN void copy(void* to, const void* from, int64_t bytes, bool stream) {
   memcpy(to, from, bytes);
 }
 
-void end_stream() {
+void order_stores() {
 #if SAM_X86
   _mm_sfence();
 #endif
@@ -102,7 +102,7 @@ void end_stream() {
 // ---- kernels over one chunk ----
 
 template <class V, class T>
-SAM_FN V* at(T* base, int64_t i) {
+SAM_FN V* elements(T* base, int64_t i) {
   return static_cast<V*>(base) + i;
 }
 
@@ -125,8 +125,8 @@ template <class T, bool kAdaptive>
 SAM_FN double sq_norm_chunk(const Row& row, const Chunk& c, const Ascent& ascent) {
   using A = arithmetic_t<T>;
   const Ascend<A, kAdaptive> ascend(ascent);
-  const T* w = at<const T>(row.param, c.begin);
-  const T* g = at<const T>(row.grad, c.begin);
+  const T* w = elements<const T>(row.param, c.begin);
+  const T* g = elements<const T>(row.grad, c.begin);
   Lanes sums[8] = {};
   alignas(64) A scaled[kBlock];
   for (int left = c.size; left > 0; left -= kBlock, w += kBlock, g += kBlock) {
@@ -144,16 +144,16 @@ SAM_FN double sq_norm_chunk(const Row& row, const Chunk& c, const Ascent& ascent
 }
 
 template <class T, bool kAdaptive>
-SAM_FN void perturb_chunk(const Row& row, const Chunk& c, const Ascent& ascent, double norm, bool stream) {
+SAM_FN void perturb_chunk(const Row& row, const Chunk& c, const Ascent& ascent, double norm, bool past_cache) {
   using A = arithmetic_t<T>;
   const Ascend<A, kAdaptive> ascend(ascent, norm);
-  T* __restrict w = at<T>(row.param, c.begin);
-  const T* __restrict g = at<const T>(row.grad, c.begin);
-  T* backup = at<T>(row.backup, c.begin);
+  T* __restrict w = elements<T>(row.param, c.begin);
+  const T* __restrict g = elements<const T>(row.grad, c.begin);
+  T* backup = elements<T>(row.backup, c.begin);
   const bool finite = std::isfinite(norm);
   for (int b = 0; b < c.size; b += kBlock) {
     const int n = std::min(kBlock, c.size - b);
-    copy(backup + b, w + b, n * sizeof(T), stream);
+    copy(backup + b, w + b, n * sizeof(T), past_cache);
     if (finite)
       for (int i = b; i < b + n; ++i) ascend.perturb(w[i], load(g[i]), static_cast<uint32_t>(c.begin) + i);
   }
@@ -184,20 +184,20 @@ SAM_FN void update_block(const Update& update, int n, T* to, const T* from, cons
 
 template <class T, class Base>
 SAM_FN void restore_step_chunk(const Row& row, const Chunk& c, const typename Base::Hyper& hyper,
-                               const typename Base::Step& step, double grad_scale, bool stream) {
+                               const typename Base::Step& step, double grad_scale, bool past_cache) {
   const typename Base::template Update<arithmetic_t<T>> update(hyper, step, grad_scale);
-  T* w = at<T>(row.param, c.begin);
-  const T* from = row.backup ? at<const T>(row.backup, c.begin) : w;
-  const T* g = at<const T>(row.grad, c.begin);
+  T* w = elements<T>(row.param, c.begin);
+  const T* from = row.backup ? elements<const T>(row.backup, c.begin) : w;
+  const T* g = elements<const T>(row.grad, c.begin);
   alignas(64) T fresh[kBlock];
-  const bool past_cache = stream && row.backup;
+  const bool staged = past_cache && row.backup;
   for (int b = 0; b < c.size; b += kBlock) {
     const int n = std::min(kBlock, c.size - b);
-    T* to = past_cache ? fresh : w + b;
+    T* to = staged ? fresh : w + b;
     [&]<size_t... K>(std::index_sequence<K...>) __attribute__((always_inline)) {
-      update_block(update, n, to, from + b, g + b, at<T>(row.state[K], c.begin + b)...);
+      update_block(update, n, to, from + b, g + b, elements<T>(row.state[K], c.begin + b)...);
     }(std::make_index_sequence<Base::states>());
-    if (past_cache) copy(w + b, fresh, n * sizeof(T), true);
+    if (staged) copy(w + b, fresh, n * sizeof(T), true);
   }
 }
 
@@ -205,8 +205,8 @@ SAM_FN void restore_step_chunk(const Row& row, const Chunk& c, const typename Ba
 
 int64_t size_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
 
-// Runs f(chunk, i, stream) over all chunks of a table, in parallel over one flat list of them. Threads take the next
-// few whenever they are done, so that a slow one does not keep the others waiting.
+// Runs f(chunk, i, past_cache) over all chunks of a table, in parallel over one flat list of them. Threads take the
+// next few whenever they are done, so that a slow one does not keep the others waiting.
 template <class F>
 void for_chunks(const Table& table, const std::vector<Chunk>& chunks, const F& f) {
   int64_t elements = 0, bytes = 0;
@@ -217,17 +217,17 @@ void for_chunks(const Table& table, const std::vector<Chunk>& chunks, const F& f
   const int64_t n = static_cast<int64_t>(chunks.size());
   const int64_t threads = std::min<int64_t>(get_num_threads(), (elements + kGrain - 1) / kGrain);
   const int64_t batch = threads <= 1 ? n : std::max<int64_t>(1, n / (32 * threads));
-  const bool stream = bytes >= kStreamFrom;
+  const bool past_cache = bytes >= kPastCacheFrom;
   const Chunk* data = chunks.data();
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
     for (int64_t begin; (begin = next.fetch_add(batch, std::memory_order_relaxed)) < n;)
       run(
           [&](int64_t b, int64_t e) __attribute__((always_inline)) {
-            for (int64_t i = b; i < e; ++i) f(data[i], i, stream);
+            for (int64_t i = b; i < e; ++i) f(data[i], i, past_cache);
           },
           begin, std::min(begin + batch, n));
-    if (stream) end_stream();
+    if (past_cache) order_stores();
   };
   if (threads <= 1)
     work(0, 1);
@@ -264,25 +264,26 @@ void sharpness(const Queue&, const double* sq_norms, const Ascent* groups, int64
 }
 
 void perturb(const Queue&, const Table& table, const Ascent* groups, const double* norm) {
-  for_chunks(table, [&](const Chunk& c, int64_t, bool stream) __attribute__((always_inline)) {
+  for_chunks(table, [&](const Chunk& c, int64_t, bool past_cache) __attribute__((always_inline)) {
     const Row& row = table[c.row];
     const Ascent& a = groups[row.group];
     with_dtype(row.dtype, [&](auto t) __attribute__((always_inline)) {
       using T = decltype(t);
       if (a.adaptive != 0)
-        perturb_chunk<T, true>(row, c, a, *norm, stream);
+        perturb_chunk<T, true>(row, c, a, *norm, past_cache);
       else
-        perturb_chunk<T, false>(row, c, a, *norm, stream);
+        perturb_chunk<T, false>(row, c, a, *norm, past_cache);
     });
   });
 }
 
 void restore(const Queue&, const Table& table) {
-  for_chunks(table, [&](const Chunk& c, int64_t, bool stream) __attribute__((always_inline)) {
+  for_chunks(table, [&](const Chunk& c, int64_t, bool past_cache) __attribute__((always_inline)) {
     const Row& row = table[c.row];
     if (!row.backup) return;
     const int64_t size = size_of(row.dtype);
-    copy(at<char>(row.param, c.begin * size), at<const char>(row.backup, c.begin * size), c.size * size, stream);
+    copy(elements<char>(row.param, c.begin * size), elements<const char>(row.backup, c.begin * size), c.size * size,
+         past_cache);
   });
 }
 
@@ -314,10 +315,10 @@ void restore_step(const Queue& queue, const Table& table, int base, const double
       else
         steps.emplace_back(rows[table[r].group], count(table[r]));
     }
-    for_chunks(table, [&](const Chunk& c, int64_t, bool stream) __attribute__((always_inline)) {
+    for_chunks(table, [&](const Chunk& c, int64_t, bool past_cache) __attribute__((always_inline)) {
       const Row& row = table[c.row];
       with_dtype(row.dtype, [&](auto t) __attribute__((always_inline)) {
-        restore_step_chunk<decltype(t), Base>(row, c, rows[row.group], steps[c.row], scale, stream);
+        restore_step_chunk<decltype(t), Base>(row, c, rows[row.group], steps[c.row], scale, past_cache);
       });
     });
   });

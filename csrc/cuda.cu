@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launches ----
 
-int64_t chunks_of(const Row& row) { return (row.numel + kChunk - 1) / kChunk; }
+int64_t blocks_of(const Row& row) { return (row.numel + kChunk - 1) / kChunk; }
 
 // Fills arguments with the rows of one type, and hands them over with the number of their blocks whenever they are
 // full, and at the end. `fill` says whether it wants the row.
@@ -387,7 +387,7 @@ void for_entries(const Table& table, DType dtype, const Fill& fill, const Launch
     if (table[r].dtype != dtype || table[r].numel == 0 || !fill(entry, table[r], static_cast<int>(r))) continue;
     entry.numel = table[r].numel;
     entry.first_block = blocks;
-    blocks += static_cast<int32_t>(chunks_of(table[r]));
+    blocks += static_cast<int32_t>(blocks_of(table[r]));
     if (++entries.n == Entries<E, kBytes>::kMax) flush();
   }
   flush();
@@ -411,7 +411,7 @@ void for_entries(const Table& table, const Fill& fill, const Launch& launch) {
 void grad_sq_norm(const Queue& queue, const Table& table, const Ascent* groups, int64_t n_groups, double* sq_norms) {
   std::vector<int32_t> first(table.size() + 1), begin(n_groups + 1);  // partial sums before each row and each group
   for (size_t r = 0; r < table.size(); ++r) {
-    first[r + 1] = first[r] + static_cast<int32_t>(chunks_of(table[r]));
+    first[r + 1] = first[r] + static_cast<int32_t>(blocks_of(table[r]));
     begin[table[r].group + 1] = first[r + 1];
   }
   for (int64_t g = 0; g < n_groups; ++g) begin[g + 1] = std::max(begin[g], begin[g + 1]);

@@ -45,7 +45,7 @@ def _round_randomly(x: Tensor, like: Tensor, norm: float) -> Tensor:
     return torch.where(nearest.isfinite(), torch.where(fraction + chance >= 1, high, low), nearest)
 
 
-def sgd(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def sgd(w: Tensor, g: Tensor, state: dict[str, Any], group: Group, dtype: torch.dtype) -> Tensor:
     """torch.optim.SGD: returns the new weight."""
     if group["maximize"]:
         g = -g
@@ -54,20 +54,20 @@ def sgd(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> T
         fresh = state.get("momentum_buffer") is None
         buffer = g if fresh else group["momentum"] * wide(state["momentum_buffer"]) + g
         if fresh:
-            state["momentum_buffer"] = torch.empty_like(w, dtype=group["dtype"])
+            state["momentum_buffer"] = torch.empty_like(w, dtype=dtype)
         state["momentum_buffer"].copy_(buffer)
         g = g + group["momentum"] * buffer if group["nesterov"] else buffer
     lr: float | Tensor = group["lr"]
     return w - lr * g
 
 
-def adam(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def adam(w: Tensor, g: Tensor, state: dict[str, Any], group: Group, dtype: torch.dtype) -> Tensor:
     """torch.optim.Adam, and AdamW where the weight decay is decoupled: returns the new weight."""
     beta1, beta2 = group["betas"]
     keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
     if not state:
         step = torch.tensor(0.0, dtype=torch.float32, device="cpu")
-        state.update(step=step, **{key: torch.zeros_like(w, dtype=group["dtype"]) for key in keys})
+        state.update(step=step, **{key: torch.zeros_like(w, dtype=dtype) for key in keys})
     state["step"] += 1
     t = state["step"].item()
     if group["maximize"]:
@@ -90,10 +90,10 @@ def adam(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> 
     return w - lr * m_hat / denominator
 
 
-def rmsprop(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def rmsprop(w: Tensor, g: Tensor, state: dict[str, Any], group: Group, dtype: torch.dtype) -> Tensor:
     """torch.optim.RMSprop: returns the new weight."""
     keys = ["square_avg", *["momentum_buffer"] * (group["momentum"] > 0), *["grad_avg"] * group["centered"]]
-    new = {key: torch.zeros_like(w, dtype=group["dtype"]) for key in keys if key not in state}
+    new = {key: torch.zeros_like(w, dtype=dtype) for key in keys if key not in state}
     state.update(new, step=state.get("step", torch.tensor(0.0, dtype=torch.float32, device="cpu")) + 1)
     if group["maximize"]:
         g = -g
@@ -113,7 +113,7 @@ def rmsprop(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) 
     return w - lr * step
 
 
-#: The update of each class of ``bases.NATIVE``.
+#: The update of each class of ``bases.NATIVE``: w and g are wide, the state is kept in ``dtype``.
 UPDATES = {torch.optim.SGD: sgd, torch.optim.Adam: adam, torch.optim.AdamW: adam, torch.optim.RMSprop: rmsprop}
 
 
@@ -175,17 +175,16 @@ class Reference(Arithmetic):
         self.record = None
 
     def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        active = list(self._with_grad())
-        if any(native_update(self.base, group) is None or g.dtype != p.dtype for group, p, g in active):
+        active = [(group, p, g, native_update(self.base, group)) for group, p, g in self._with_grad()]
+        if any(native is None or g.dtype != p.dtype for _, p, g, native in active):
             self.update_composed(grad_scale, found_inf)
             return
         for p, backup in self.record or []:
             p.copy_(backup)
         if found_inf is None or not found_inf.item():
             scale = 1.0 if grad_scale is None else grad_scale.item()
-            decoupled = isinstance(self.base, torch.optim.AdamW)
-            for group, p, grad in active:
-                options = {"decoupled_weight_decay": decoupled, **group, "dtype": p.dtype}
-                step = UPDATES[type(self.base)]
-                p.copy_(step(wide(p), wide(grad) / scale, self.base.state[p], options))
+            step = UPDATES[type(self.base)]
+            for group, p, g, native in active:
+                options = {**native.fixed, **group} if native else group
+                p.copy_(step(wide(p), wide(g) / scale, self.base.state[p], options, p.dtype))
         self.record = None

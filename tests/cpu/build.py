@@ -17,7 +17,7 @@ FLAGS = ast.literal_eval(re.search(r"^CXX_FLAGS = (\[.*?^\])", (ROOT / "setup.py
 #: Chunks of two blocks, and threads for short lists.
 SMALL = {"kChunk = 1 << 14;": "kChunk = 1 << 10;", "kGrain = 1 << 17;": "kGrain = 1 << 8;"}
 #: The same, and every list is stored past the cache.
-STREAMED = {**SMALL, "kStreamFrom = 1 << 23;": "kStreamFrom = 0;"}
+STREAMED = {**SMALL, "kPastCacheFrom = 1 << 23;": "kPastCacheFrom = 0;"}
 
 
 def kernels(folder: Path, compiler: str, flags: list[str], changes: dict[str, str]) -> tuple[Path, str]:

@@ -55,7 +55,7 @@ BUGS = {
     ),
     "a shift by too many bits": (
         ADDRESS,
-        {"bytes >= kStreamFrom": "bytes >> (64 + n) >= kStreamFrom"},
+        {"bytes >= kPastCacheFrom": "bytes >> (64 + n) >= kPastCacheFrom"},
         r"shift exponent \d+ is too large",
     ),
     "a count that all threads share": (
