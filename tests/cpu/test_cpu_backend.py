@@ -91,7 +91,7 @@ def programs(tmp_path_factory) -> Iterator[dict[str, Future[tuple[Path, str]]]]:
 
 @pytest.mark.parametrize("name", SOUND)
 def test_kernels(name, programs):
-    """Within one unit in the last place of the correctly rounded result, and clean, by every instruction set."""
+    """Within the error that each base is allowed, and clean, by every instruction set."""
     if tool := missing(name):
         pytest.skip(f"needs {tool}")
     emulator, isas = (ARM[1:], ISAS[:1]) if name == "aarch64" else ((), expected_isas())

@@ -121,7 +121,7 @@ def done(tmp_path_factory) -> Iterator[dict[str, list[Future[subprocess.Complete
 
 @pytest.mark.parametrize("name", SOUND)
 def test_kernels(name, done):
-    """Within one unit in the last place of the correctly rounded result, and clean, whatever the order of threads."""
+    """Within the error that each base is allowed, and clean, whatever the order of threads."""
     outputs = []
     for process in (future.result() for future in done[name]):
         assert process.returncode == 0, process.stdout + process.stderr

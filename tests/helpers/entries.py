@@ -6,9 +6,9 @@ from sam_fused.bases import UPDATES
 
 
 def entries() -> str:
-    """A line a base: its name, for each state whether it is a mean of squares, and a row of hyper-parameters."""
+    """A line a base: name, for each state whether it is a mean of squares, largest error, row of hyper-parameters."""
     lines = []
     for name, update in UPDATES.items():
         squares = "".join(str(int("sq" in key)) for key in update.state) or "-"
-        lines.append(" ".join([name, squares, *map(repr, update.hyper.values())]))
+        lines.append(" ".join([name, squares, *map(repr, (update.error, *update.hyper.values()))]))
     return "\n".join(lines)

@@ -57,6 +57,7 @@ void put(DType dtype, void* p, int64_t i, double x) {
 
 struct Entry {
   std::string squares;        // for each state, whether it is a mean of squares: 1 or 0
+  double error;               // largest, in units in the last place
   std::vector<double> hyper;  // a row
 };
 
@@ -68,7 +69,7 @@ const Entry& entry_of(const char* base) {
       std::istringstream words(line);
       std::string name;
       Entry entry;
-      words >> name >> entry.squares;
+      words >> name >> entry.squares >> entry.error;
       for (double x; words >> x;) entry.hyper.push_back(x);
       all[name] = entry;
     }
@@ -151,12 +152,13 @@ void expect(bool condition, const char* what, size_t row, int64_t i) {
 
 // Units in the last place are those of `terms`, the sum of the absolute values of what was added up, or of 1. `actual`
 // is within one of the correctly rounded number if it is within one and a half of the exact one.
-void near(DType dtype, Wide actual, Wide exact, Wide terms, const char* what, size_t row, int64_t i) {
+void near(DType dtype, Wide actual, Wide exact, Wide terms, const char* what, size_t row, int64_t i,
+          double limit = 1.5) {
   Format& f = format(dtype);
   const int exponent = std::ilogb(std::max({std::abs(exact), terms, Wide(1)})) - f.fraction;
   const double error = static_cast<double>(std::abs(actual - exact) / std::ldexp(Wide(1), exponent));
   f.worst = std::max(f.worst, error);
-  expect(error <= 1.5, what, row, i);
+  expect(error <= limit, what, row, i);
 }
 
 // ---- tests ----
@@ -219,6 +221,7 @@ void descend(const List& list, int index) {
       table[r].state[k] = tensor(table[r], list.shift + k * list.apart,
                                  entry_of(Base::name).squares.at(k) == '1' ? Kind::kSquare : Kind::kMean);
   }
+  const double limit = entry_of(Base::name).error;
   const typename Base::Hyper hyper = hyper_of<Base>();
   const std::vector<typename Base::Hyper> rows(groups, hyper);
   auto* lr = static_cast<double*>(allocate(groups * sizeof(double)));
@@ -253,10 +256,11 @@ void descend(const List& list, int index) {
           continue;
         }
         update(w, g, state);
-        near(row.dtype, get(row.dtype, row.param, i), w, std::abs(start) + std::abs(w - start), Base::name, r, i);
+        near(row.dtype, get(row.dtype, row.param, i), w, std::abs(start) + std::abs(w - start), Base::name, r, i,
+             limit);
         for (int k = 0; k < Base::states; ++k)
           near(row.dtype, get(row.dtype, row.state[k], i), state[k],
-               std::abs(states[k][r][i]) + std::abs(g / Wide(scale)), Base::name, r, i);
+               std::abs(states[k][r][i]) + std::abs(g / Wide(scale)), Base::name, r, i, limit);
       }
     }
   }
