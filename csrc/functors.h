@@ -27,8 +27,9 @@ struct Ascend {
         seed(hashed(bits_of(static_cast<float>(norm)))) {}
   SAM_FN A scaled(A w, A g) const { return kAdaptive ? (std::abs(w) + eta) * g : g; }
   SAM_FN A perturbed(A w, A g) const {
-    const A t = kAdaptive ? std::abs(w) + eta : A(1);
-    return w + scale * (kAdaptive ? t * (t * g) : g);  // t * t alone may overflow
+    if constexpr (!kAdaptive) return w + scale * g;
+    const A t = std::abs(w) + eta;
+    return w + scale * t * (t * g);  // t * t alone may overflow
   }
   // Perturbs element i of its tensor. Of most 16-bit weights, eps is less than half a unit in the last place, and
   // rounding to nearest would lose it. So these are stochastically rounded, which keeps it on average. The random bits
