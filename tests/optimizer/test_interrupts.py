@@ -161,9 +161,9 @@ def test_at_random_times(how):
             before = [p.detach().clone() for p in w]
             twins = [nn.Parameter(p.clone()) for p in before]
             after = FusedSAM(twins, torch.optim.SGD, lr=0.1, rho=0.5)
-            armed = True
-            signal.setitimer(signal.ITIMER_REAL, max(delay, 1e-6))
             try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, max(delay, 1e-6))
                 opt.step(closure) if how == "closure" else two_calls()
                 armed = False
             except KeyboardInterrupt:
