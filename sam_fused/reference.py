@@ -183,8 +183,8 @@ class Reference(Arithmetic):
             p.copy_(backup)
         if found_inf is None or not found_inf.item():
             scale = 1.0 if grad_scale is None else grad_scale.item()
-            step = UPDATES[type(self.base)]
             for group, p, g, native in active:
+                step = UPDATES[type(self.base)]
                 options = {**native.fixed, **group} if native else group
                 p.copy_(step(wide(p), wide(g) / scale, self.base.state[p], options, p.dtype))
         self.record = None
