@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(BIN)/python train.py --dataset digits --width 16 --epochs 8 --base adam
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 RESULTS := runs/bench
 OUT := runs/gpu.md
 SOURCES := setup.py $(wildcard csrc/*)
@@ -17,11 +18,11 @@ demo: $(VENV)/.with-demo
 	$(BIN)/python train.py --report runs/demo/adam runs/demo/adam+sam
 
 test: $(VENV)/.with-test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-# What a change of a Python file needs, in about a minute.
+# What a change of a Python file needs.
 test-fast: $(VENV)/.with-test
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 # Some ten minutes on two cores; leave the machine alone meanwhile.
 bench: $(VENV)/.with-bench

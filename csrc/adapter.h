@@ -8,21 +8,37 @@
 
 namespace sam {
 
-// A front end has In<P>, the type in which it passes an argument for a parameter of type P; Held<P>, made from that and
-// the argument's name, which converts to P and lives as long as the call; and Running, which lives while the operation
-// runs.
+// How a front end passes an argument for a parameter of type P: In, and Held, which is made from that and the
+// argument's name, converts to P and lives as long as the call.
+template <class I, class P>
+struct PassedAs {
+  using In = I;
+  struct Held {
+    In value;
+    const char* /*name*/ _;
+    operator P() const { return value; }
+  };
+};
+template <class Front, class P>
+struct Argument : PassedAs<P, P> {};
+
+// A front end has Running, which lives while the operation runs, and Arguments of its own.
 template <class Front, auto op>
 struct Call;
 
 template <class Front, class R, class... P, R (*op)(const Hook&, P...)>
 struct Call<Front, op> {
   using Names = std::array<const char*, sizeof...(P)>;
+  template <class Q>
+  using In = typename Argument<Front, Q>::In;
+  template <class Q>
+  using Held = typename Argument<Front, Q>::Held;
 
-  static R run(typename Front::template In<P>... args) { return with({}, {}, args...); }
+  static R run(In<P>... args) { return with({}, {}, args...); }
 
-  static R with(const Hook& hook, const Names& names, typename Front::template In<P>... args) {
+  static R with(const Hook& hook, const Names& names, In<P>... args) {
     return [&]<size_t... I>(std::index_sequence<I...>) {
-      const std::tuple<typename Front::template Held<P>...> held(typename Front::template Held<P>{args, names[I]}...);
+      const std::tuple<Held<P>...> held(Held<P>{args, names[I]}...);
       const typename Front::Running running;
       return op(hook, std::get<I>(held)...);
     }(std::index_sequence_for<P...>());

@@ -143,19 +143,43 @@ SAM_FN double sq_norm_chunk(const Row& row, const Chunk& c, const Ascent& ascent
   return (sums[0][0] + sums[0][1]) + (sums[0][2] + sums[0][3]);
 }
 
+SAM_FN double sq_norm(const Row& row, const Chunk& c, const Ascent& ascent) {
+  double sum = 0;
+  with_dtype(row.dtype, [&](auto t) __attribute__((always_inline)) {
+    using T = decltype(t);
+    sum = ascent.adaptive != 0 ? sq_norm_chunk<T, true>(row, c, ascent) : sq_norm_chunk<T, false>(row, c, ascent);
+  });
+  return sum;
+}
+
+// The same, for a chunk that an update has just left in the cache: one function, whatever the base.
+__attribute__((noinline)) double sq_norm_after(const Row& row, const Chunk& c, const Ascent& ascent) {
+  double sum = 0;
+  run([&](int64_t, int64_t) __attribute__((always_inline)) { sum = sq_norm(row, c, ascent); }, 0, 1);
+  return sum;
+}
+
 template <class T, bool kAdaptive>
-SAM_FN void perturb_chunk(const Row& row, const Chunk& c, const Ascent& ascent, double norm, bool past_cache) {
+SAM_FN void perturb_chunk(const Row& row, const Chunk& c, const Ascent& ascent, double norm, bool saved,
+                          bool past_cache) {
   using A = arithmetic_t<T>;
   const Ascend<A, kAdaptive> ascend(ascent, norm);
-  T* __restrict w = elements<T>(row.param, c.begin);
-  const T* __restrict g = elements<const T>(row.grad, c.begin);
+  T* w = elements<T>(row.param, c.begin);
+  const T* g = elements<const T>(row.grad, c.begin);
   T* backup = elements<T>(row.backup, c.begin);
-  const bool finite = std::isfinite(norm);
+  alignas(64) T moved[kBlock];
+  const bool finite = std::isfinite(norm), staged = saved && past_cache;
   for (int b = 0; b < c.size; b += kBlock) {
     const int n = std::min(kBlock, c.size - b);
-    copy(backup + b, w + b, n * sizeof(T), past_cache);
+    T* __restrict x = staged ? moved : w + b;
+    const T* __restrict y = g + b;
+    if (saved)
+      memcpy(x, backup + b, n * sizeof(T));
+    else
+      copy(backup + b, x, n * sizeof(T), past_cache);
     if (finite)
-      for (int i = b; i < b + n; ++i) ascend.perturb(w[i], load(g[i]), static_cast<uint32_t>(c.begin) + i);
+      for (int i = 0; i < n; ++i) ascend.perturb(x[i], load(y[i]), static_cast<uint32_t>(c.begin) + b + i);
+    if (staged) copy(w + b, moved, n * sizeof(T), true);
   }
 }
 
@@ -240,20 +264,22 @@ void for_chunks(const Table& table, const F& f) {
   for_chunks(table, chunks_of(table, kChunk), f);
 }
 
+// Sums of chunks to sums of groups.
+void add_up(const Table& table, const std::vector<Chunk>& chunks, const std::vector<double>& partial, int64_t n_groups,
+            double* sq_norms) {
+  std::fill(sq_norms, sq_norms + n_groups, 0.0);
+  for (size_t i = 0; i < chunks.size(); ++i) sq_norms[table[chunks[i].row].group] += partial[i];
+}
+
 void grad_sq_norm(const Queue&, const Table& table, const Ascent* groups, int64_t n_groups, double* sq_norms) {
   const std::vector<Chunk> chunks = chunks_of(table, kChunk);
   std::vector<double> partial(chunks.size());
   double* const out = partial.data();
   for_chunks(table, chunks, [&](const Chunk& c, int64_t i, bool) __attribute__((always_inline)) {
     const Row& row = table[c.row];
-    const Ascent& a = groups[row.group];
-    with_dtype(row.dtype, [&](auto t) __attribute__((always_inline)) {
-      using T = decltype(t);
-      out[i] = a.adaptive != 0 ? sq_norm_chunk<T, true>(row, c, a) : sq_norm_chunk<T, false>(row, c, a);
-    });
+    out[i] = sq_norm(row, c, groups[row.group]);
   });
-  std::fill(sq_norms, sq_norms + n_groups, 0.0);
-  for (size_t i = 0; i < chunks.size(); ++i) sq_norms[table[chunks[i].row].group] += partial[i];
+  add_up(table, chunks, partial, n_groups, sq_norms);
 }
 
 void sharpness(const Queue&, const double* sq_norms, const Ascent* groups, int64_t n_groups, const float* grad_scale,
@@ -263,16 +289,16 @@ void sharpness(const Queue&, const double* sq_norms, const Ascent* groups, int64
   sharpness.report(grad_scale, total, out);
 }
 
-void perturb(const Queue&, const Table& table, const Ascent* groups, const double* norm) {
+void perturb(const Queue&, const Table& table, const Ascent* groups, const double* norm, bool saved) {
   for_chunks(table, [&](const Chunk& c, int64_t, bool past_cache) __attribute__((always_inline)) {
     const Row& row = table[c.row];
     const Ascent& a = groups[row.group];
     with_dtype(row.dtype, [&](auto t) __attribute__((always_inline)) {
       using T = decltype(t);
       if (a.adaptive != 0)
-        perturb_chunk<T, true>(row, c, a, *norm, past_cache);
+        perturb_chunk<T, true>(row, c, a, *norm, saved, past_cache);
       else
-        perturb_chunk<T, false>(row, c, a, *norm, past_cache);
+        perturb_chunk<T, false>(row, c, a, *norm, saved, past_cache);
     });
   });
 }
@@ -297,11 +323,18 @@ std::vector<Hyper> with_lr(const double* hyper, const double* lr, int64_t n_grou
 }
 
 void restore_step(const Queue& queue, const Table& table, int base, const double* hyper, const double* lr,
-                  const float* grad_scale, const float* found_inf) {
-  if (found_inf && *found_inf != 0) return restore(queue, table);
+                  const float* grad_scale, const float* found_inf, const Along* along) {
+  if (found_inf && *found_inf != 0) {
+    restore(queue, table);
+    if (along) grad_sq_norm(queue, along_state(table, along->state), along->groups, along->n_groups, along->sq_norms);
+    return;
+  }
   const double scale = grad_scale ? *grad_scale : 1;
   for (const Row& row : table)
     if (row.step) *row.step += 1;
+  const std::vector<Chunk> chunks = chunks_of(table, kChunk);
+  std::vector<double> partial(along ? chunks.size() : 0);
+  double* const out = partial.data();
   with_base(base, [&](auto b) {
     using Base = decltype(b);
     const auto rows = with_lr<typename Base::Hyper>(hyper, lr, table.back().group + 1);
@@ -315,13 +348,15 @@ void restore_step(const Queue& queue, const Table& table, int base, const double
       else
         steps.emplace_back(rows[table[r].group], count(table[r]));
     }
-    for_chunks(table, [&](const Chunk& c, int64_t, bool past_cache) __attribute__((always_inline)) {
+    for_chunks(table, chunks, [&](const Chunk& c, int64_t i, bool past_cache) __attribute__((always_inline)) {
       const Row& row = table[c.row];
       with_dtype(row.dtype, [&](auto t) __attribute__((always_inline)) {
         restore_step_chunk<decltype(t), Base>(row, c, rows[row.group], steps[c.row], scale, past_cache);
       });
+      if (along) out[i] = sq_norm_after(along_state(row, along->state), c, along->groups[row.group]);
     });
   });
+  if (along) add_up(table, chunks, partial, along->n_groups, along->sq_norms);
 }
 
 }  // namespace

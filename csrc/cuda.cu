@@ -244,33 +244,35 @@ __global__ void sharpness_kernel(const __grid_constant__ Rhos rhos, const double
 using PerturbEntry = Entry<3, Ascent>;  // param, grad, backup
 
 template <bool kAdaptive, class T>
-__device__ void perturb_elements(const Ascent& ascent, double norm, uint32_t first, int n, T* w, const T* g,
+__device__ void perturb_elements(const Ascent& ascent, double norm, bool saved, uint32_t first, int n, T* w, const T* g,
                                  T* backup) {
   const Ascend<arithmetic_t<T>, kAdaptive> ascend(ascent, norm);
   const bool finite = std::isfinite(norm);
+  const T* from = saved ? backup : w;
   for_elements<T>(n, head_of<T>(n, {w, g, backup}), [&](auto width, int i) {
     constexpr int kWidth = decltype(width)::value;
-    Vec<T, kWidth> x = read<kWidth>(w + i);
-    write(backup + i, x);
-    if (!finite) return;
-    const Vec<T, kWidth> y = read<kWidth>(g + i);
-    for (int k = 0; k < kWidth; ++k) ascend.perturb(x.at[k], load(y.at[k]), first + i + k);
-    write(w + i, x);
+    Vec<T, kWidth> x = read<kWidth>(from + i);
+    if (!saved) write(backup + i, x);
+    if (finite) {
+      const Vec<T, kWidth> y = read<kWidth>(g + i);
+      for (int k = 0; k < kWidth; ++k) ascend.perturb(x.at[k], load(y.at[k]), first + i + k);
+    }
+    if (finite || saved) write(w + i, x);
   });
 }
 
 template <class T, int kBytes>
 __global__ void __launch_bounds__(kThreads)
-    perturb_kernel(const __grid_constant__ Entries<PerturbEntry, kBytes> entries, const double* norm) {
+    perturb_kernel(const __grid_constant__ Entries<PerturbEntry, kBytes> entries, const double* norm, bool saved) {
   const Share<PerturbEntry> share = share_of_block(entries);
   T* w = share.template pointer<T>(0);
   const T* g = share.template pointer<const T>(1);
   T* backup = share.template pointer<T>(2);
   const uint32_t first = static_cast<uint32_t>(share.chunk * kChunk);
   if (share.entry.adaptive != 0)
-    perturb_elements<true>(share.entry, *norm, first, share.size, w, g, backup);
+    perturb_elements<true>(share.entry, *norm, saved, first, share.size, w, g, backup);
   else
-    perturb_elements<false>(share.entry, *norm, first, share.size, w, g, backup);
+    perturb_elements<false>(share.entry, *norm, saved, first, share.size, w, g, backup);
 }
 
 template <class T>
@@ -448,7 +450,7 @@ void sharpness(const Queue& queue, const double* sq_norms, const Ascent* groups,
   }
 }
 
-void perturb(const Queue& queue, const Table& table, const Ascent* groups, const double* norm) {
+void perturb(const Queue& queue, const Table& table, const Ascent* groups, const double* norm, bool saved) {
   for_entries<PerturbEntry>(
       table,
       [&](PerturbEntry& e, const Row& row, int) {
@@ -459,7 +461,7 @@ void perturb(const Queue& queue, const Table& table, const Ascent* groups, const
         return true;
       },
       [&]<class T, int kBytes>(T, const Entries<PerturbEntry, kBytes>& entries, int32_t blocks) {
-        launch<kBytes>(perturb_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, norm);
+        launch<kBytes>(perturb_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, norm, saved);
       });
 }
 
@@ -499,7 +501,7 @@ void prepare(const Queue& queue, const Table& table, const typename Base::Hyper*
 }
 
 void restore_step(const Queue& queue, const Table& table, int base, const double* hyper, const double* lr,
-                  const float* grad_scale, const float* found_inf) {
+                  const float* grad_scale, const float* found_inf, const Along* along) {
   with_base(base, [&]<class Base>(Base) {
     using E = UpdateEntry<Base>;
     auto* slots = static_cast<Slot<Base>*>(queue.allocate(sizeof(Slot<Base>) * table.size()));
@@ -518,6 +520,7 @@ void restore_step(const Queue& queue, const Table& table, int base, const double
           launch<kBytes>(update_kernel<T, Base, kBytes>, blocks, kThreads, queue.stream, entries, slots, found_inf);
         });
   });
+  if (along) grad_sq_norm(queue, along_state(table, along->state), along->groups, along->n_groups, along->sq_norms);
 }
 
 }  // namespace

@@ -53,14 +53,14 @@ struct Sharpness {
     weighted += std::abs(rho) * sq_norm;
   }
   // out = {grad_norm, sharpness, norm of the gradients as they are}, the first two divided by *grad_scale unless that
-  // is null; a finite sharpness is added to total = {sum, count}.
+  // is null; a finite sharpness is added to total = {sum, count}, unless that is null.
   SAM_FN void report(const float* grad_scale, double* total, double* out) const {
     const double norm = std::sqrt(sq), value = norm == 0 ? 0 : weighted / norm;
     const double scale = grad_scale ? *grad_scale : 1;
     out[0] = norm / scale;
     out[1] = value / scale;
     out[2] = norm;
-    if (std::isfinite(value)) {
+    if (total && std::isfinite(value)) {
       total[0] += out[1];
       total[1] += 1;
     }

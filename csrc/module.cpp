@@ -19,63 +19,51 @@ const at::Tensor& tensor_of(PyObject* object, const char* name) {
 
 // What Python passes: lists, whose tensors are borrowed. The operation runs without the GIL.
 struct Python {
-  template <class P>
-  struct Type {
-    using type = P;
-  };
-  template <class P>
-  using In = typename Type<P>::type;
-  template <class P>
-  struct Held {
-    In<P> value;
-    const char* /*name*/ _;
-    operator P() const { return value; }
-  };
   using Running = py::gil_scoped_release;
 };
+
+}  // namespace
+
 template <>
-struct Python::Type<const sam::Refs&> {
-  using type = const py::list&;
-};
+struct sam::Argument<Python, std::string_view> : PassedAs<const std::string&, std::string_view> {};
 template <>
-struct Python::Type<const sam::OptionalRefs&> {
-  using type = const py::list&;
-};
+struct sam::Argument<Python, sam::Sizes> : PassedAs<const std::vector<int64_t>&, sam::Sizes> {};
 template <>
-struct Python::Type<std::string_view> {
-  using type = const std::string&;
-};
-template <>
-struct Python::Type<sam::Sizes> {
-  using type = const std::vector<int64_t>&;
-};
-template <>
-struct Python::Held<const sam::Refs&> {
-  sam::Refs refs;
-  Held(const py::list& list, const char* name) {
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i)
-      refs.push_back(&tensor_of(PyList_GET_ITEM(list.ptr(), i), name));
-  }
-  operator const sam::Refs&() const { return refs; }
-};
-template <>
-struct Python::Held<const sam::OptionalRefs&> {
-  sam::OptionalRefs refs;
-  Held(const py::list& list, const char* name) {
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i) {
-      PyObject* const item = PyList_GET_ITEM(list.ptr(), i);
-      refs.push_back(item == Py_None ? nullptr : &tensor_of(item, name));
+struct sam::Argument<Python, const sam::Refs&> {
+  using In = const py::list&;
+  struct Held {
+    Refs refs;
+    Held(In list, const char* name) {
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i)
+        refs.push_back(&tensor_of(PyList_GET_ITEM(list.ptr(), i), name));
     }
-  }
-  operator const sam::OptionalRefs&() const { return refs; }
+    operator const Refs&() const { return refs; }
+  };
 };
+template <>
+struct sam::Argument<Python, const sam::OptionalRefs&> {
+  using In = const py::list&;
+  struct Held {
+    OptionalRefs refs;
+    Held(In list, const char* name) {
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i) {
+        PyObject* const item = PyList_GET_ITEM(list.ptr(), i);
+        refs.push_back(item == Py_None ? nullptr : &tensor_of(item, name));
+      }
+    }
+    operator const OptionalRefs&() const { return refs; }
+  };
+};
+
+namespace {
 
 // Defines `name`, with the names and defaults of its arguments. Its keyword `hook` takes a function that is called at
 // the moment that ops.h says. Python looks for interrupts between two bytecodes, so a hook without bytecode, such as a
 // list's own method, cannot be parted from the operation by one.
 template <auto op, class R, class... P, class... Args>
 void define(py::module& m, const char* name, R (*)(const sam::Hook&, P...), const Args&... args) {
-  const auto call = [names = std::array{args.name...}](Python::In<P>... in, const py::object& hook) {
+  const auto call = [names = std::array{args.name...}](typename sam::Argument<Python, P>::In... in,
+                                                       const py::object& hook) {
     const sam::Hook with_gil = [&hook] {
       const py::gil_scoped_acquire gil;
       hook();
@@ -148,19 +136,32 @@ uint64_t contents(const py::dict& state) {
   return hash.value();
 }
 
+// How often each tensor of each list was changed in place, as autograd counts it.
+std::vector<uint32_t> versions(const py::list& lists) {
+  std::vector<uint32_t> out;
+  for (const py::handle list : lists)
+    for (const py::handle t : list) out.push_back(tensor_of(t.ptr(), "tensors")._version());
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "sam_fused's compiled part. Importing it registers torch.ops.sam_fused, whose operators it has too.";
   const auto none = [](const char* name) { return py::arg(name) = py::none(); };
   define<sam::grad_sq_norm>(m, "grad_sq_norm", "params"_a, "grads"_a, "ascent"_a, "group_sizes"_a);
-  define<sam::sharpness_>(m, "sharpness_", "sq_norms"_a, "ascent"_a, "total"_a, none("grad_scale"));
+  define<sam::sharpness_>(m, "sharpness_", "sq_norms"_a, "ascent"_a, none("total"), none("grad_scale"));
   define<sam::perturb_>(m, "perturb_", "params"_a, "grads"_a, "backups"_a, "grad_norm"_a, "ascent"_a, "group_sizes"_a);
+  define<sam::perturb_from_>(m, "perturb_from_", "params"_a, "directions"_a, "saved"_a, "norm"_a, "ascent"_a,
+                             "group_sizes"_a);
   define<sam::restore_>(m, "restore_", "params"_a, "backups"_a);
   define<sam::restore_step_>(m, "restore_step_", "base"_a, "params"_a, "grads"_a, "backups"_a, "state"_a, "steps"_a,
                              "hyper"_a, "group_sizes"_a, none("lr"), none("grad_scale"), none("found_inf"));
+  define<sam::step_along_>(m, "step_along_", "base"_a, "params"_a, "grads"_a, "state"_a, "steps"_a, "hyper"_a,
+                           "ascent"_a, "moment"_a, "group_sizes"_a, none("lr"), none("grad_scale"), none("found_inf"));
   m.def("gather", torch::wrap_pybind_function(gather));
   m.def("contents", contents);
+  m.def("versions", torch::wrap_pybind_function(versions));
 #if defined(SAM_CUDA)
   m.attr("has_cuda") = true;
 #else

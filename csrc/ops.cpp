@@ -173,10 +173,11 @@ class Rows {
       }
   }
 
-  void grads(const Refs& grads) {
-    check_length(grads, params_, "grads");
+  // A tensor for each parameter, `name` in errors: the gradients, or what takes their place.
+  void grads(const Refs& grads, const char* name) {
+    check_length(grads, params_, name);
     for (size_t i = 0; i < grads.size(); ++i) {
-      check_like(*grads[i], *params_[i], "grads", i);
+      check_like(*grads[i], *params_[i], name, i);
       table_[i].grad = laid_out(*grads[i], i);
     }
   }
@@ -189,11 +190,11 @@ class Rows {
 
   // To be read: null for a parameter that was not perturbed; the parameter may have changed its layout, dtype or device
   // since the backup was made.
-  void saved(const Refs& backups) {
-    check_length(backups, params_, "backups");
+  void saved(const Refs& backups, const char* name) {
+    check_length(backups, params_, name);
     for (size_t i = 0; i < backups.size(); ++i) {
       if (!backups[i]) continue;
-      TORCH_CHECK(backups[i]->sizes() == params_[i]->sizes(), "backups[", i, "]: expected shape ", params_[i]->sizes(),
+      TORCH_CHECK(backups[i]->sizes() == params_[i]->sizes(), name, "[", i, "]: expected shape ", params_[i]->sizes(),
                   ", got ", backups[i]->sizes());
       table_[i].backup = const_cast<void*>(laid_out(*backups[i], i));
     }
@@ -273,7 +274,7 @@ int find_base(std::string_view name) {
 
 Tensor grad_sq_norm(const Hook&, const Refs& params, const Refs& grads, const Tensor& ascent, Sizes group_sizes) {
   Rows rows(params, group_sizes);
-  rows.grads(grads);
+  rows.grads(grads, "grads");
   const int64_t n = static_cast<int64_t>(group_sizes.size());
   const Ascent* groups = check_ascent(ascent, n);
   Tensor out = at::empty({n}, params[0]->options().dtype(at::kDouble).requires_grad(false));
@@ -282,63 +283,101 @@ Tensor grad_sq_norm(const Hook&, const Refs& params, const Refs& grads, const Te
   return out;
 }
 
-Tensor sharpness_(const Hook&, const Tensor& sq_norms, const Tensor& ascent, const Tensor& total,
+Tensor sharpness_(const Hook&, const Tensor& sq_norms, const Tensor& ascent, const Scalar& total,
                   const Scalar& grad_scale) {
   const int64_t n = sq_norms.numel();
   const double* squares = check_doubles(sq_norms, "sq_norms", n, sq_norms.device());
   const Ascent* groups = check_ascent(ascent, n);
-  double* const sum = check_doubles(total, "total", 2, sq_norms.device());
+  double* const sum = total ? check_doubles(*total, "total", 2, sq_norms.device()) : nullptr;
   const float* scale = check_scalar(grad_scale, "grad_scale", sq_norms.device());
   Tensor out = at::empty({3}, sq_norms.options());
   const Target on(sq_norms);
   on.backend.sharpness(on.queue, squares, groups, n, scale, sum, out.data_ptr<double>());
-  bump_versions({&total});
+  if (total) bump_versions({&*total});
   return out;
 }
 
 void perturb_(const Hook& begin, const Refs& params, const Refs& grads, const Refs& backups, const Tensor& grad_norm,
               const Tensor& ascent, Sizes group_sizes) {
   Rows rows(params, group_sizes);
-  rows.grads(grads);
+  rows.grads(grads, "grads");
   rows.backups(backups);
   const Ascent* groups = check_ascent(ascent, static_cast<int64_t>(group_sizes.size()));
   const double* norm = check_doubles(grad_norm, "grad_norm", 1, params[0]->device());
   const Target on(*params[0]);
   if (begin) begin();
-  rows.write([&](const Table& t) { on.backend.perturb(on.queue, t, groups, norm); });
+  rows.write([&](const Table& t) { on.backend.perturb(on.queue, t, groups, norm, /*saved=*/false); });
   bump_versions(backups);
+}
+
+void perturb_from_(const Hook&, const Refs& params, const Refs& directions, const Refs& saved, const Tensor& norm,
+                   const Tensor& ascent, Sizes group_sizes) {
+  Rows rows(params, group_sizes);
+  rows.grads(directions, "directions");
+  rows.saved(saved, "saved");
+  const Ascent* groups = check_ascent(ascent, static_cast<int64_t>(group_sizes.size()));
+  const double* value = check_doubles(norm, "norm", 1, params[0]->device());
+  const Target on(*params[0]);
+  rows.write([&](const Table& t) { on.backend.perturb(on.queue, t, groups, value, /*saved=*/true); });
 }
 
 void restore_(const Hook&, const Refs& params, const Refs& backups) {
   Rows rows(params, {static_cast<int64_t>(params.size())});
-  rows.saved(backups);
+  rows.saved(backups, "backups");
   const Target on(*params[0]);
   rows.write([&](const Table& t) { on.backend.restore(on.queue, t); });
 }
 
-void restore_step_(const Hook& done, std::string_view base, const Refs& params, const Refs& grads,
-                   const OptionalRefs& backups, const Refs& state, const Refs& steps, const Tensor& hyper,
-                   Sizes group_sizes, const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf) {
+namespace {
+
+void update(Rows& rows, std::string_view base, const Refs& params, const Refs& state, const Refs& steps,
+            const Tensor& hyper, Sizes group_sizes, const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf,
+            const Along* along) {
   const int index = find_base(base);
-  Rows rows(params, group_sizes);
-  rows.grads(grads);
-  rows.saved(backups);
+  const int64_t n_groups = static_cast<int64_t>(group_sizes.size());
   const double* values = nullptr;
   with_base(index, [&](auto b) {
     rows.state(state, b.states);
     if (b.counts_steps) rows.steps(steps);
-    values = check_rows(hyper, "hyper", static_cast<int64_t>(group_sizes.size()),
+    values = check_rows(hyper, "hyper", n_groups,
                         static_cast<int64_t>(sizeof(typename decltype(b)::Hyper) / sizeof(double)));
+    if (along)
+      TORCH_CHECK_VALUE(0 <= along->state && along->state < b.states, "moment: expected one of the ", b.states,
+                        " lists of state, got ", along->state);
   });
   const at::Device device = params[0]->device();
-  const double* rates = lr ? check_doubles(*lr, "lr", static_cast<int64_t>(group_sizes.size()), device) : nullptr;
+  const double* rates = lr ? check_doubles(*lr, "lr", n_groups, device) : nullptr;
   const float* scale = check_scalar(grad_scale, "grad_scale", device);
   const float* skip = check_scalar(found_inf, "found_inf", device);
   const Target on(*params[0]);
-  rows.write([&](const Table& t) { on.backend.restore_step(on.queue, t, index, values, rates, scale, skip); });
+  rows.write([&](const Table& t) { on.backend.restore_step(on.queue, t, index, values, rates, scale, skip, along); });
   bump_versions(state);
   bump_versions(steps);
+}
+
+}  // namespace
+
+void restore_step_(const Hook& done, std::string_view base, const Refs& params, const Refs& grads,
+                   const OptionalRefs& backups, const Refs& state, const Refs& steps, const Tensor& hyper,
+                   Sizes group_sizes, const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf) {
+  Rows rows(params, group_sizes);
+  rows.grads(grads, "grads");
+  rows.saved(backups, "backups");
+  update(rows, base, params, state, steps, hyper, group_sizes, lr, grad_scale, found_inf, nullptr);
   if (done) done();
+}
+
+Tensor step_along_(const Hook& done, std::string_view base, const Refs& params, const Refs& grads, const Refs& state,
+                   const Refs& steps, const Tensor& hyper, const Tensor& ascent, int64_t moment, Sizes group_sizes,
+                   const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf) {
+  Rows rows(params, group_sizes);
+  rows.grads(grads, "grads");
+  const int64_t n = static_cast<int64_t>(group_sizes.size());
+  Tensor out = at::empty({n}, params[0]->options().dtype(at::kDouble).requires_grad(false));
+  const Along along{static_cast<int>(moment), check_ascent(ascent, n), n, out.data_ptr<double>()};
+  update(rows, base, params, state, steps, hyper, group_sizes, lr, grad_scale, found_inf, &along);
+  if (done) done();
+  return out;
 }
 
 // ---- torch.ops.sam_fused ----
@@ -347,84 +386,79 @@ namespace {
 
 // What the dispatcher passes.
 struct Ops {
-  template <class P>
-  struct Type {
-    using type = P;
-  };
-  template <class P>
-  using In = typename Type<P>::type;
-  template <class P>
-  struct Held {
-    In<P> value;
-    const char* /*name*/ _;
-    operator P() const { return value; }
-  };
   struct Running {
     Running() {}
   };
 };
-template <>
-struct Ops::Type<const Refs&> {
-  using type = const std::vector<Tensor>&;
-};
-template <>
-struct Ops::Type<const OptionalRefs&> {
-  using type = const c10::List<std::optional<Tensor>>&;  // the one spelling of Tensor?[] that torch unboxes
-};
-template <>
-struct Ops::Type<std::string_view> {
-  using type = c10::string_view;
-};
-template <>
-struct Ops::Held<const Refs&> {
-  Refs refs;
-  Held(const std::vector<Tensor>& list, const char*) {
-    for (const Tensor& t : list) refs.push_back(&t);
-  }
-  operator const Refs&() const { return refs; }
-};
-template <>
-struct Ops::Held<const OptionalRefs&> {
-  std::vector<std::optional<Tensor>> tensors;
-  OptionalRefs refs;
-  Held(const c10::List<std::optional<Tensor>>& list, const char*) : tensors(list.vec()) {
-    for (const std::optional<Tensor>& t : tensors) refs.push_back(t.has_value() ? &*t : nullptr);
-  }
-  Held(Held&&) = default;  // moves the vector, and what refs point to stays
-  operator const OptionalRefs&() const { return refs; }
-};
 
 }  // namespace
+
+template <>
+struct Argument<Ops, std::string_view> : PassedAs<c10::string_view, std::string_view> {};
+template <>
+struct Argument<Ops, const Refs&> {
+  using In = const std::vector<Tensor>&;
+  struct Held {
+    Refs refs;
+    Held(In list, const char*) {
+      for (const Tensor& t : list) refs.push_back(&t);
+    }
+    operator const Refs&() const { return refs; }
+  };
+};
+template <>
+struct Argument<Ops, const OptionalRefs&> {
+  using In = const c10::List<std::optional<Tensor>>&;  // the one spelling of Tensor?[] that torch unboxes
+  struct Held {
+    std::vector<std::optional<Tensor>> tensors;
+    OptionalRefs refs;
+    Held(In list, const char*) : tensors(list.vec()) {
+      for (const std::optional<Tensor>& t : tensors) refs.push_back(t.has_value() ? &*t : nullptr);
+    }
+    Held(Held&&) = default;  // moves the vector, and what refs point to stays
+    operator const OptionalRefs&() const { return refs; }
+  };
+};
 
 // Lists hold one tensor for each of params; group_sizes cuts params into groups, whose values are the rows of
 // `ascent` or `hyper` (ops.h).
 TORCH_LIBRARY(sam_fused, m) {
   m.set_python_module("sam_fused.fakes");  // where the kernels for tracing are
   m.def("grad_sq_norm(Tensor[] params, Tensor[] grads, Tensor ascent, int[] group_sizes) -> Tensor");
-  m.def("sharpness_(Tensor sq_norms, Tensor ascent, Tensor(a!) total, Tensor? grad_scale=None) -> Tensor");
+  m.def("sharpness_(Tensor sq_norms, Tensor ascent, Tensor(a!)? total=None, Tensor? grad_scale=None) -> Tensor");
   m.def(
       "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backups, Tensor grad_norm, Tensor ascent, "
+      "int[] group_sizes) -> ()");
+  m.def(
+      "perturb_from_(Tensor(a!)[] params, Tensor[] directions, Tensor[] saved, Tensor norm, Tensor ascent, "
       "int[] group_sizes) -> ()");
   m.def("restore_(Tensor(a!)[] params, Tensor[] backups) -> ()");
   m.def(
       "restore_step_(str base, Tensor(a!)[] params, Tensor[] grads, Tensor?[] backups, Tensor(b!)[] state, "
       "Tensor(c!)[] steps, Tensor hyper, int[] group_sizes, Tensor? lr=None, Tensor? grad_scale=None, "
       "Tensor? found_inf=None) -> ()");
+  m.def(
+      "step_along_(str base, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] steps, "
+      "Tensor hyper, Tensor ascent, int moment, int[] group_sizes, Tensor? lr=None, Tensor? grad_scale=None, "
+      "Tensor? found_inf=None) -> Tensor");
 }
 
 void implement(torch::Library& m) {
   m.impl("grad_sq_norm", Call<Ops, grad_sq_norm>::run);
   m.impl("sharpness_", Call<Ops, sharpness_>::run);
   m.impl("perturb_", Call<Ops, perturb_>::run);
+  m.impl("perturb_from_", Call<Ops, perturb_from_>::run);
   m.impl("restore_", Call<Ops, restore_>::run);
   m.impl("restore_step_", Call<Ops, restore_step_>::run);
+  m.impl("step_along_", Call<Ops, step_along_>::run);
 }
 TORCH_LIBRARY_IMPL(sam_fused, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(sam_fused, CUDA, m) { implement(m); }
 
 // None of the operators is differentiable.
 TORCH_LIBRARY_IMPL(sam_fused, Autograd, m) {
-  for (const char* op : {"grad_sq_norm", "sharpness_", "perturb_", "restore_", "restore_step_"})
+  for (const char* op :
+       {"grad_sq_norm", "sharpness_", "perturb_", "perturb_from_", "restore_", "restore_step_", "step_along_"})
     m.impl(op, torch::CppFunction::makeFallthrough());
 }
 

@@ -29,6 +29,16 @@ struct Chunk {
 
 using Table = std::vector<Row>;
 
+// A row with its state number k in the place of the gradient.
+inline Row along_state(Row row, int k) {
+  row.grad = row.state[k];
+  return row;
+}
+inline Table along_state(Table table, int k) {
+  for (Row& row : table) row = along_state(row, k);
+  return table;
+}
+
 inline std::vector<Chunk> chunks_of(const Table& table, int64_t chunk_size) {
   std::vector<Chunk> chunks;
   for (size_t r = 0; r < table.size(); ++r)

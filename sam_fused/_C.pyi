@@ -18,13 +18,22 @@ def grad_sq_norm(
     params: list[Tensor], grads: list[Tensor], ascent: Tensor, group_sizes: list[int], hook: _Hook = None
 ) -> Tensor: ...
 def sharpness_(
-    sq_norms: Tensor, ascent: Tensor, total: Tensor, grad_scale: Tensor | None = None, hook: _Hook = None
+    sq_norms: Tensor, ascent: Tensor, total: Tensor | None = None, grad_scale: Tensor | None = None, hook: _Hook = None
 ) -> Tensor: ...
 def perturb_(
     params: list[Tensor],
     grads: list[Tensor],
     backups: list[Tensor],
     grad_norm: Tensor,
+    ascent: Tensor,
+    group_sizes: list[int],
+    hook: _Hook = None,
+) -> None: ...
+def perturb_from_(
+    params: list[Tensor],
+    directions: list[Tensor],
+    saved: list[Tensor],
+    norm: Tensor,
     ascent: Tensor,
     group_sizes: list[int],
     hook: _Hook = None,
@@ -44,11 +53,29 @@ def restore_step_(
     found_inf: Tensor | None = None,
     hook: _Hook = None,
 ) -> None: ...
+def step_along_(
+    base: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    state: list[Tensor],
+    steps: list[Tensor],
+    hyper: Tensor,
+    ascent: Tensor,
+    moment: int,
+    group_sizes: list[int],
+    lr: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    hook: _Hook = None,
+) -> Tensor: ...
 def gather(groups: list[list[Tensor]], /) -> tuple[list[Tensor], int, int]:
     """The gradients that are not None, a hash of what a plan depends on, and one of where the parameters lie."""
 
 def contents(state: dict[Any, Any], /) -> int:
     """A hash of which objects a dictionary of dictionaries holds."""
+
+def versions(lists: list[list[Tensor]], /) -> list[int]:
+    """How often each tensor of each list was changed in place."""
 
 def cpu_isa() -> str:
     """The instruction set in use on the CPU."""

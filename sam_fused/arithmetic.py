@@ -27,10 +27,25 @@ class Arithmetic:
         self.base = base
         self.record: list[Any] | None = None
 
-    def measure(self, total: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, Any]:
-        """The gradient norm, the sharpness, and the norm of the gradients as they are.
+    def gradients(self) -> Any:
+        """The present gradients of the groups with a rho: a direction to measure and to perturb along, by +rho."""
+        raise NotImplementedError
+
+    def momenta(self) -> Any:
+        """The base's first moments in the groups with a rho: a direction to perturb along, by -rho.
+
+        Raises:
+            RuntimeError: if the base's state has none.
+        """
+        raise NotImplementedError
+
+    def measure(
+        self, direction: Any, total: Tensor | None = None, grad_scale: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """The norm of a direction, the sharpness (for gradients), and the norm as it is.
 
         Args:
+            direction: what :meth:`gradients` or :meth:`momenta` has just returned.
             total: float64 [2]; a finite sharpness is added to its sum and its count.
             grad_scale: what a scaler has multiplied the gradients by: float32, one element. Norm and sharpness are
                 divided by it.
@@ -41,7 +56,15 @@ class Arithmetic:
         raise NotImplementedError
 
     def perturb(self, measured: tuple[Tensor, Any]) -> None:
-        """Move the weights to w + eps, with what :meth:`measure` has just returned."""
+        """Move the weights along a direction, with what :meth:`measure` has just returned."""
+        raise NotImplementedError
+
+    def versions(self) -> list[int]:
+        """How often each parameter that is perturbed was changed in place, as autograd counts it."""
+        return [p._version for params in self._perturbed() for p in params]
+
+    def _perturbed(self) -> list[list[Tensor]]:
+        """The parameters that are perturbed."""
         raise NotImplementedError
 
     def restore(self) -> None:
@@ -54,6 +77,13 @@ class Arithmetic:
         Where ``found_inf`` is not 0, restore the weights and do no more. Both are float32, one element.
         """
         raise NotImplementedError
+
+    def advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """:meth:`update`, then perturb along the momenta; where the update is skipped, to where the weights were."""
+        self.update(grad_scale, found_inf)
+        direction = self.momenta()
+        if direction:
+            self.perturb(self.measure(direction))
 
     def update_composed(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """:meth:`update` by the base's own step. Whether to skip it only the device knows, so this waits for it."""

@@ -18,6 +18,14 @@ from torch.optim import Optimizer
 
 from .arithmetic import Group
 
+#: What a base may call its first moment.
+MOMENTS = ("exp_avg", "momentum_buffer")
+
+
+def moment_of(state: Mapping[str, Any]) -> Tensor | None:
+    """The first moment in a parameter's state."""
+    return next((state[key] for key in MOMENTS if state.get(key) is not None), None)
+
 
 @dataclass(frozen=True, eq=False)
 class Update:
@@ -39,6 +47,11 @@ class Update:
     counts_steps: bool = False
     fixed: Mapping[str, float] = field(default_factory=dict)
     error: float = 1.5
+
+    @property
+    def moment(self) -> int | None:
+        """Which of ``state`` is the first moment, if one is."""
+        return next((i for i, key in enumerate(self.state) if key in MOMENTS), None)
 
     def row(self, group: Group) -> tuple[float, ...]:
         """A group's hyper-parameters."""
@@ -159,6 +172,20 @@ NATIVE: dict[type[Optimizer], Native] = {
 
 #: By the functor's name; Adam's and AdamW's differ in ``fixed`` alone.
 UPDATES = {update.name: update for native in NATIVE.values() for update in native.updates}
+
+
+def check_moments(base: Optimizer) -> None:
+    """Raise where a group with a rho can have no first moment, as far as ``base`` lets it be known by now."""
+    for group in base.param_groups:
+        update = native_update(base, group)
+        states = (base.state.get(p) for p in group["params"])
+        without = any(state and moment_of(state) is None for state in states)
+        if group["rho"] > 0 and (without if update is None else update.moment is None):
+            momentum = " with momentum=0" if group.get("momentum") == 0 else ""
+            raise ValueError(
+                f"base: {type(base).__name__}{momentum} keeps no first moment to perturb along: expected a base whose "
+                f"state has {' or '.join(MOMENTS)}, such as Adam, AdamW, or SGD with momentum"
+            )
 
 
 def native_update(base: Optimizer, group: Group) -> Update | None:

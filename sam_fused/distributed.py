@@ -50,6 +50,16 @@ def any_replica(flag: Tensor, model: nn.Module | None) -> Tensor:
     return flag
 
 
+def inner_modules(model: nn.Module) -> list[nn.Module]:
+    """``model``, and what it is wrapped around: by torch.compile, by DistributedDataParallel."""
+    modules = [model]
+    for name in ("_orig_mod", "module"):
+        inner = getattr(modules[-1], name, None)
+        if isinstance(inner, nn.Module) and (name == "_orig_mod" or isinstance(modules[-1], DistributedDataParallel)):
+            modules.append(inner)
+    return modules
+
+
 def without_ddp(model: nn.Module) -> nn.Module:
     """What a DistributedDataParallel wraps: each process's own forward and gradients."""
     replicas = _replicas(model)

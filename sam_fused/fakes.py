@@ -19,8 +19,27 @@ def _grad_sq_norm(params: list[Tensor], grads: list[Tensor], ascent: Tensor, gro
     return params[0].new_empty(len(group_sizes), dtype=torch.float64)
 
 
-def _sharpness_(sq_norms: Tensor, ascent: Tensor, total: Tensor, grad_scale: Tensor | None = None) -> Tensor:
+def _sharpness_(
+    sq_norms: Tensor, ascent: Tensor, total: Tensor | None = None, grad_scale: Tensor | None = None
+) -> Tensor:
     return sq_norms.new_empty(3)
+
+
+def _step_along_(
+    base: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    state: list[Tensor],
+    steps: list[Tensor],
+    hyper: Tensor,
+    ascent: Tensor,
+    moment: int,
+    group_sizes: list[int],
+    lr: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    return _grad_sq_norm(params, grads, ascent, group_sizes)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -29,5 +48,6 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 register_fake("sam_fused::grad_sq_norm", _grad_sq_norm)
 register_fake("sam_fused::sharpness_", _sharpness_)
-for _name in ("perturb_", "restore_", "restore_step_"):
+register_fake("sam_fused::step_along_", _step_along_)
+for _name in ("perturb_", "perturb_from_", "restore_", "restore_step_"):
     register_fake(f"sam_fused::{_name}", _nothing)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .arithmetic import NORM, Arithmetic, Group
-from .bases import Update, native_update
+from .bases import Update, check_moments, moment_of, native_update
 from .distributed import is_dtensor, local, local_like, placed_like, placement, sum_over_shards
 from .geometry import radii, signed_radius
 from .parameters import check_memory, name_of
@@ -55,35 +55,38 @@ class _Batch:
     All have one ``place``. The operators see :meth:`local_params`; backups and state are held as this process's parts.
     """
 
-    def __init__(self, place: tuple[torch.device, Place | None], update: Update | None) -> None:
+    def __init__(self, place: tuple[torch.device, Place | None], update: Update | None, perturbed: bool) -> None:
         self.device, self.placement = place
         self.update = update
+        self.perturbed = perturbed  # whether its groups have a rho
         self.params: list[Tensor] = []
         self.positions: list[int] = []
-        self.casts = False  # whether a gradient has another dtype than its parameter
+        self.casts = False  # whether a tensor that is picked has another dtype than its parameter
         self.groups: list[Group] = []  # of each run
         self.sizes: list[int] = []
         self.backups: list[Tensor | None] = []
         self.state: list[Tensor] = []
         self.steps: list[Tensor] = []
-        self._packed: tuple[Any, Tensor] | None = None
+        self._packed: dict[Any, tuple[Any, Tensor]] = {}
 
-    def append(self, position: int, p: Tensor, group: Group) -> None:
+    def append(self, position: int, p: Tensor, like: Tensor, group: Group) -> None:
+        """``like`` has the dtype of what will be at ``position`` in :meth:`pick`."""
         self.params.append(p)
         self.positions.append(position)
-        self.casts |= p.grad is not None and p.grad.dtype != p.dtype
+        self.casts |= like.dtype != p.dtype
         if not self.groups or self.groups[-1] is not group:
             self.groups.append(group)
             self.sizes.append(0)
         self.sizes[-1] += 1
 
-    def pick(self, grads: list[Tensor]) -> list[Tensor]:
-        mine = grads if len(grads) == len(self.positions) else [grads[i] for i in self.positions]
+    def pick(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Of gradients or moments, those of this batch's parameters, as the operators want them."""
+        mine = tensors if len(tensors) == len(self.positions) else [tensors[i] for i in self.positions]
         if self.casts:
-            mine = [g.to(p.dtype) for g, p in zip(mine, self.params, strict=True)]
+            mine = [t.to(p.dtype) for t, p in zip(mine, self.params, strict=True)]
         if self.placement is None:
             return mine
-        return [local_like(g, p) for g, p in zip(mine, self.params, strict=True)]
+        return [local_like(t, p) for t, p in zip(mine, self.params, strict=True)]
 
     def local_params(self) -> list[Tensor]:
         """What this process holds of the parameters; it may lie elsewhere in each step."""
@@ -97,9 +100,20 @@ class _Batch:
     def pack(self, row: Callable[[Group], tuple[float, ...]]) -> Tensor:
         """One row of float64 values for each run."""
         rows = [row(group) for group in self.groups]
-        if self._packed is None or self._packed[0] != rows:
-            self._packed = (rows, torch.tensor(rows, dtype=torch.float64, device="cpu"))
-        return self._packed[1]
+        packed = self._packed.get(row)
+        if packed is None or packed[0] != rows:
+            packed = self._packed[row] = (rows, torch.tensor(rows, dtype=torch.float64, device="cpu"))
+        return packed[1]
+
+    def scalars(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The last three arguments of an update."""
+        return (
+            self.lr(),
+            None if grad_scale is None else grad_scale.to(self.device),
+            None if found_inf is None else found_inf.to(self.device),
+        )
 
     def lr(self) -> Tensor | None:
         """The learning rate of each run, float64 on the parameters' device, if that is where they are kept."""
@@ -125,11 +139,13 @@ class _Active(NamedTuple):
     name: str
 
 
-def _batch_for(batches: dict[Hashable, _Batch], p: Tensor, update: Update | None = None) -> _Batch:
+def _batch_for(
+    batches: dict[Hashable, _Batch], p: Tensor, update: Update | None = None, perturbed: bool = True
+) -> _Batch:
     place = _place(p)
-    key = place, update
+    key = place, update, perturbed
     if key not in batches:
-        batches[key] = _Batch(place, update)
+        batches[key] = _Batch(place, update, perturbed)
     return batches[key]
 
 
@@ -191,13 +207,14 @@ class _Plan:
         self.held: list[Any] = []  # that state
         self.leftover: list[tuple[Tensor, Tensor]] = []  # parameters that are perturbed and have no gradient now
         self.matched: list[_Batch] | None = None  # the perturbed batches that `descent` and `leftover` know of
+        self.advances = False  # whether `descent` can go from the backups of one perturbation to the next
         ascent: dict[Hashable, _Batch] = {}
         for g, (group, update) in enumerate(zip(groups, updates, strict=True)):
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
                 if group["rho"] > 0:
-                    _batch_for(ascent, p).append(len(self.active), p, group)
+                    _batch_for(ascent, p).append(len(self.active), p, p.grad, group)
                 native = update if p.grad.dtype == p.dtype else None
                 self.active.append(_Active(p, group, native, name_of(groups, g, i)))
         self.ascent = list(ascent.values())
@@ -251,8 +268,8 @@ class Fused(Arithmetic):
         batches: dict[Hashable, _Batch] = {}
         plan.held = []
         for position, (p, group, update, _) in enumerate(plan.active):
-            to = _batch_for(batches, p, update)
-            to.append(position, p, group)
+            to = _batch_for(batches, p, update, group["rho"] > 0)
+            to.append(position, p, p, group)  # a gradient of another dtype is left to the base
             assert update is not None  # or the plan is composed
             if update.counts_steps:
                 to.steps.append(state[p]["step"])
@@ -315,7 +332,25 @@ class Fused(Arithmetic):
         for batch in plan.descent or []:
             batch.backups = [backup_of.pop(id(p), None) for p in batch.params]
         plan.leftover = [(p, backup) for p, backup in perturbed if id(p) in backup_of]
+        plan.advances = self._can_advance(plan)
         plan.matched = list(self.record or [])
+
+    def _can_advance(self, plan: _Plan) -> bool:
+        """Whether all that the update perturbs next, and nothing else, is perturbed now."""
+        descent = plan.descent or []
+        moving = [batch for batch in descent if batch.perturbed]
+        places = {(batch.device, batch.placement) for batch in moving}
+        return (
+            bool(moving)
+            and not plan.leftover
+            and len(places) == len(moving)  # or the norm would be summed in another order than in `measure`
+            and all(batch.update is not None and batch.update.moment is not None for batch in moving)
+            and all(
+                _fits(backup, local(p)) if batch.perturbed else backup is None
+                for batch in descent
+                for p, backup in zip(batch.params, batch.backups, strict=True)
+            )
+        )
 
     def _backups_of(self, params: list[Tensor]) -> list[Tensor]:
         """Buffers to save ``params`` in, kept from step to step."""
@@ -326,42 +361,59 @@ class Fused(Arithmetic):
 
     # ---- the arithmetic; hooks without bytecode, which no interrupt can part from their operator (module.cpp) ----
 
-    def measure(self, total: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, Any]:
+    def gradients(self) -> Any:
         plan, grads = self._gather()
-        calls = [(batch, batch.pick(grads), batch.pack(_ascent_row)) for batch in plan.ascent]
+        return [(batch, batch.pick(grads), batch.pack(_gradient_row)) for batch in plan.ascent]
+
+    def momenta(self) -> Any:
+        check_moments(self.base)
+        groups = self.base.param_groups
+        batches: dict[Hashable, _Batch] = {}
+        moments: list[Tensor] = []
+        for group, rho in zip(groups, radii(groups), strict=True):
+            for p in group["params"] if rho > 0 else ():
+                moment = moment_of(self.base.state.get(p, {}))
+                if moment is not None:
+                    _batch_for(batches, p).append(len(moments), p, moment, group)
+                    moments.append(moment)
+        return [(batch, batch.pick(moments), batch.pack(_moment_row)) for batch in batches.values()]
+
+    def measure(
+        self, direction: Any, total: Tensor | None = None, grad_scale: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         squares = [
-            sum_over_shards(_C.grad_sq_norm(batch.local_params(), g, ascent, batch.sizes), batch.placement)
-            for batch, g, ascent in calls
+            sum_over_shards(_C.grad_sq_norm(batch.local_params(), tensors, ascent, batch.sizes), batch.placement)
+            for batch, tensors, ascent in direction
         ]
-        if len(calls) == 1 and squares[0].device == total.device:
-            sq_norms, ascents = squares[0], calls[0][2]
-        else:
-            sq_norms = torch.cat([total.new_empty(0), *(sq.to(total.device) for sq in squares)])
-            none = torch.empty(0, 3, dtype=torch.float64, device="cpu")
-            ascents = torch.cat([none, *(ascent for *_, ascent in calls)])
-        return _C.sharpness_(sq_norms, ascents, total, grad_scale), calls
+        return _norm(squares, [ascent for *_, ascent in direction], total, grad_scale), direction
 
     def perturb(self, measured: tuple[Tensor, Any]) -> None:
-        values, calls = measured
+        values, direction = measured
         record = self.record = []
-        for batch, g, ascent in calls:
+        for batch, tensors, ascent in direction:
             if not batch.backups:
                 batch.backups = self._backups_of(batch.params)
             norm = values[NORM].to(batch.device)
             on_record = partial(record.append, batch)
-            _C.perturb_(batch.local_params(), g, batch.backups, norm, ascent, batch.sizes, hook=on_record)
+            _C.perturb_(batch.local_params(), tensors, batch.backups, norm, ascent, batch.sizes, hook=on_record)
             batch.mark_changed()
+
+    def _perturbed(self) -> list[list[Tensor]]:
+        return [batch.params for batch in self.record or []]
+
+    def versions(self) -> list[int]:
+        return _C.versions(self._perturbed())
 
     def restore(self) -> None:
         for batch in self.record or []:
             _restore(list(zip(batch.params, batch.backups, strict=True)))
         self.record = None
 
-    def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _descent(self) -> tuple[_Plan, list[Tensor]]:
+        """The plan of an update and the gradients."""
         plan, grads = self._gather()
         if plan.composed:
-            self.update_composed(grad_scale, found_inf)
-            return
+            return plan, grads
         if _capturing():
             for i, group in enumerate(self.base.param_groups):
                 if group.get("capturable") is False:
@@ -373,6 +425,13 @@ class Fused(Arithmetic):
             self._make_descent(plan)
         if plan.matched is None or plan.matched != (self.record or []):
             self._match(plan)
+        return plan, grads
+
+    def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        plan, grads = self._descent()
+        if plan.composed:
+            self.update_composed(grad_scale, found_inf)
+            return
         _restore(plan.leftover)
         off_record = None if self.record is None else self.record.clear
         descent = plan.descent or []
@@ -387,17 +446,66 @@ class Fused(Arithmetic):
                 batch.steps,
                 batch.pack(batch.update.row),
                 batch.sizes,
-                batch.lr(),
-                None if grad_scale is None else grad_scale.to(batch.device),
-                None if found_inf is None else found_inf.to(batch.device),
+                *batch.scalars(grad_scale, found_inf),
                 hook=off_record if batch is descent[-1] else None,
             )
             batch.mark_changed()
         self.record = None
 
+    def advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """As usual, or where all that moves was perturbed before: from backup to backup, in fewer passes over memory.
 
-def _ascent_row(group: Group) -> tuple[float, ...]:
+        The backups are updated themselves, the norm is summed meanwhile, and the parameters are only written.
+        """
+        plan, grads = self._descent()
+        if plan.composed or not plan.advances:
+            super().advance(grad_scale, found_inf)
+            return
+        squares, ascents, moves = [], [], []
+        for batch in plan.descent or []:
+            assert batch.update is not None
+            name, row = batch.update.name, batch.pack(batch.update.row)
+            scalars = batch.scalars(grad_scale, found_inf)
+            mine = batch.pick(grads)
+            if not batch.perturbed:
+                params, none = batch.local_params(), batch.backups
+                _C.restore_step_(name, params, mine, none, batch.state, batch.steps, row, batch.sizes, *scalars)
+                batch.mark_changed()
+                continue
+            k, clean = batch.update.moment, cast("list[Tensor]", batch.backups)
+            assert k is not None  # or the plan does not advance
+            ascent = batch.pack(_moment_row)
+            n = len(batch.params)
+            sq_norms = _C.step_along_(
+                name, clean, mine, batch.state, batch.steps, row, ascent, k, batch.sizes, *scalars
+            )
+            squares.append(sum_over_shards(sq_norms, batch.placement))
+            ascents.append(ascent)
+            moves.append((batch, batch.state[k * n : (k + 1) * n], clean))
+        norm = _norm(squares, ascents)[NORM]
+        for (batch, moments, clean), ascent in zip(moves, ascents, strict=True):
+            _C.perturb_from_(batch.local_params(), moments, clean, norm.to(batch.device), ascent, batch.sizes)
+            batch.mark_changed()
+
+
+def _norm(
+    squares: list[Tensor], ascents: list[Tensor], total: Tensor | None = None, grad_scale: Tensor | None = None
+) -> Tensor:
+    """What :meth:`Arithmetic.measure` returns, from the squared norms of each call and the rows that they belong to."""
+    if len(squares) == 1 and (total is None or squares[0].device == total.device):
+        return _C.sharpness_(squares[0], ascents[0], total, grad_scale)
+    device = total.device if total is not None else squares[0].device if squares else torch.device("cpu")
+    sq_norms = torch.cat([torch.empty(0, dtype=torch.float64, device=device), *(sq.to(device) for sq in squares)])
+    ascent = torch.cat([torch.empty(0, 3, dtype=torch.float64, device="cpu"), *ascents])
+    return _C.sharpness_(sq_norms, ascent, total, grad_scale)
+
+
+def _gradient_row(group: Group) -> tuple[float, ...]:
     return signed_radius(group), float(group["eta"]), float(group["adaptive"])
+
+
+def _moment_row(group: Group) -> tuple[float, ...]:
+    return -float(group["rho"]), float(group["eta"]), float(group["adaptive"])
 
 
 def _capturing() -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .arithmetic import NORM, Arithmetic, Group
-from .bases import native_update
+from .bases import check_moments, moment_of, native_update
 from .distributed import is_dtensor
 from .geometry import ascent_scale, radii, signed_radius, wide
 from .parameters import check_memory, name_of
@@ -139,35 +139,50 @@ class Reference(Arithmetic):
                         raise RuntimeError(f"{name_of(groups, g, i)}.grad: sparse gradients are not supported")
                     yield group, p, p.grad
 
-    def measure(self, total: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, Any]:
+    def gradients(self) -> Any:
         radii(self.base.param_groups)
-        ascent = [active for active in self._with_grad() if active[0]["rho"] > 0]
+        return [(signed_radius(group), group, p, grad) for group, p, grad in self._with_grad() if group["rho"] > 0]
+
+    def momenta(self) -> Any:
+        check_moments(self.base)
+        ascent = [(group, p) for group in self.base.param_groups for p in group["params"] if group["rho"] > 0]
+        moments = [(group, p, moment_of(self.base.state.get(p, {}))) for group, p in ascent]
+        return [(-float(group["rho"]), group, p, m) for group, p, m in moments if m is not None]
+
+    def measure(
+        self, direction: Any, total: Tensor | None = None, grad_scale: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        device = direction[0][2].device if direction else torch.device("cpu")
+        device = device if total is None else total.device
         squares = [
-            (ascent_scale(wide(p), group) * wide(grad.to(p.dtype))).double().square().sum().to(total.device)
-            for group, p, grad in ascent
+            (ascent_scale(wide(p), group) * wide(d.to(p.dtype))).double().square().sum().to(device)
+            for _, group, p, d in direction
         ]
-        zero = torch.zeros((), dtype=torch.float64, device=total.device)
+        zero = torch.zeros((), dtype=torch.float64, device=device)
         norm = torch.stack([zero, *squares]).sum().sqrt()
-        sharpness = sum((group["rho"] * sq / norm for (group, *_), sq in zip(ascent, squares, strict=True)), zero)
+        sharpness = sum((group["rho"] * sq / norm for (_, group, *_), sq in zip(direction, squares, strict=True)), zero)
         sharpness = torch.where(norm == 0, zero, sharpness)
         values = torch.stack([norm, sharpness, norm])
         if grad_scale is not None:
             values[:NORM] /= grad_scale
-        if sharpness.isfinite():
+        if total is not None and sharpness.isfinite():
             total += torch.stack([values[1], torch.ones_like(sharpness)])
-        return values, ascent
+        return values, direction
 
     def perturb(self, measured: tuple[Tensor, Any]) -> None:
-        values, ascent = measured
+        values, direction = measured
         norm = values[NORM].item()
-        self.record = [(p, p.clone()) for _, p, _ in ascent]
+        self.record = [(p, p.clone()) for _, _, p, _ in direction]
         if not math.isfinite(norm):
             return
-        for group, p, grad in ascent:
-            w, g = wide(p), wide(grad.to(p.dtype))
+        for radius, group, p, d in direction:
+            w, d = wide(p), wide(d.to(p.dtype))
             t = ascent_scale(w, group)
-            perturbed = w + signed_radius(group) / (norm + 1e-12) * t * (t * g)
+            perturbed = w + radius / (norm + 1e-12) * t * (t * d)
             p.copy_(_round_randomly(perturbed, p, norm) if p.element_size() == 2 else perturbed)
+
+    def _perturbed(self) -> list[list[Tensor]]:
+        return [[p for p, _ in self.record or []]]
 
     def restore(self) -> None:
         for p, backup in self.record or []:

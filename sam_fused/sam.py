@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -15,25 +14,19 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import amp
-from .arithmetic import GRAD_NORM, NORM, SHARPNESS, Arithmetic
+from .arithmetic import GRAD_NORM, NORM, SHARPNESS
+from .around import Around
 from .batchnorm import FrozenStatistics
 from .distributed import any_replica, unsynchronized
 from .fused import Fused
-from .geometry import check_options
-from .parameters import check_group, check_memory
 from .reference import Reference
 
-_OPTIONS = ("rho", "adaptive", "eta")
 
-
-class SAM(Optimizer):
+class SAM(Around):
     """What :class:`FusedSAM` and :class:`ReferenceSAM` share; see :class:`FusedSAM` for the arguments."""
 
-    #: A subclass's.
-    arithmetic: type[Arithmetic]
-
-    #: torch.amp.GradScaler.step then leaves unscaling and skipping to step(), in grad_scale and found_inf.
-    _step_supports_amp_scaling = True
+    way_back = "call second_step() to finish the step or restore() to drop it"
+    kept = (*Around.kept, "scaler", "sync_perturbation", "_measured", "_total", "_without_sam_is_meant")
 
     def __init__(
         self,
@@ -48,76 +41,19 @@ class SAM(Optimizer):
         sync_perturbation: bool = False,
         **base_kwargs: Any,
     ) -> None:
-        if not (isinstance(base, type) and issubclass(base, Optimizer)):
-            raise TypeError(f"base: expected a class of torch.optim.Optimizer, such as torch.optim.Adam, got {base!r}")
-        closure = inspect.signature(base.step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise TypeError(f"base: {base.__name__}.step needs a closure of its own and cannot be a base of SAM")
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        options = {"rho": rho, "adaptive": adaptive, "eta": eta}
-        check_options(options)
-        self.model = model
         self.scaler = scaler
         self.sync_perturbation = sync_perturbation
-        self.base_optimizer = _make_base(base, params, base_kwargs)
-        groups, state, defaults = (getattr(self.base_optimizer, name) for name in ("param_groups", "state", "defaults"))
-        check_memory(groups)
-        defaults.update(options)
-        # Optimizer.__init__ empties the groups and the state, and adds the groups again.
-        super().__init__(groups, defaults)
-        self.state = state
-        self._set_up()
+        options = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        super().__init__(params, base, options, model, base_kwargs)
         self._measured = torch.full((3,), math.nan, dtype=torch.float64, device=self._device())
         self._total = torch.zeros(2, dtype=torch.float64, device=self._device())
         self._without_sam_is_meant = False  # an ascent or a measurement was made, or the warning was given
 
     def _set_up(self) -> None:
-        """What a copy makes anew."""
-        self._arithmetic = self.arithmetic(self.base_optimizer)
+        super()._set_up()
         self._statistics = FrozenStatistics()
-        self.base_optimizer.register_load_state_dict_pre_hook(_keep_options)
-
-    # ---- one list of parameter groups, one state and one set of defaults, the base's ----
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base_optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = defaults
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As :meth:`torch.optim.Optimizer.add_param_group`; the group may have its own rho, adaptive and eta."""
-        if isinstance(param_group, dict):
-            check_options(param_group)
-        self.base_optimizer.add_param_group(param_group)
-        try:
-            check_group(self.param_groups, len(self.param_groups) - 1)
-            if "_statistics" in self.__dict__:  # __init__ has checked it for all groups together
-                check_memory(self.param_groups)
-        except BaseException:
-            self.param_groups.pop()
-            raise
 
     # ---- steps ----
 
@@ -174,8 +110,7 @@ class SAM(Optimizer):
             raise
         return second_loss if second_only else loss
 
-    # torch.compile leaves these three as they are, as it does torch.optim's own loading and adding of groups. Where the
-    # weights move, autocast is to forget its casts of them: its outermost context may lie around both passes.
+    # torch.compile leaves these as they are, as it does torch.optim's own loading and adding of groups.
 
     @_disable_dynamo
     def _ascend(self, perturb: bool) -> None:
@@ -185,12 +120,12 @@ class SAM(Optimizer):
                 torch.zeros_like(self._total, device=device) if self._total.is_meta else self._total.to(device)
             )
         scale = amp.ascent_scale(self.scaler, self, device)
-        measured = self._arithmetic.measure(self._total, scale)
+        measured = self._arithmetic.measure(self._arithmetic.gradients(), self._total, scale)
         self._measured = measured[0]
         self._without_sam_is_meant = True
         if perturb:
             self._arithmetic.perturb(measured)
-            torch.clear_autocast_cache()
+            self._moved()
             if self.model is not None:
                 self._statistics.freeze(self.model)
 
@@ -204,22 +139,15 @@ class SAM(Optimizer):
             if self.scaler is not None:
                 amp.report_overflow(self.scaler, self, overflow)
         self._arithmetic.update(grad_scale, found_inf)
-        torch.clear_autocast_cache()
+        self._moved()
         self._statistics.thaw()
-        # what a scheduler that was given the base asks for
-        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
+        self._updated()
 
     @_disable_dynamo
     def _restore(self) -> None:
-        self._arithmetic.restore()
-        torch.clear_autocast_cache()
+        super()._restore()
         self._statistics.thaw()
         amp.forget(self)
-
-    def _device(self) -> torch.device:
-        """Of the first parameter: where the sharpness is."""
-        params = (p for group in self.param_groups for p in group["params"])
-        return next((p.device for p in params), torch.device("cpu"))
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -265,30 +193,10 @@ class SAM(Optimizer):
         self._check_not_perturbed("measure_sharpness()")
         self._ascend(perturb=False)
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Give the weights back as they were before :meth:`first_step`, bit for bit; nothing to do if not perturbed."""
-        self._check_not_borrowed("restore()")
-        self._restore()
-
     @property
     def perturbed(self) -> bool:
         """Whether the weights are at w + eps, or anything else that :meth:`restore` gives back is not back yet."""
-        return self._arithmetic.record is not None or bool(self._statistics.modules)
-
-    def _check_not_perturbed(self, what: str) -> None:
-        if self.perturbed:
-            raise RuntimeError(
-                f"{what} was called while the weights are perturbed; call second_step() to finish the step or "
-                "restore() to drop it"
-            )
-
-    def _check_not_borrowed(self, what: str) -> None:
-        if "base_optimizer" not in self.__dict__:  # a subclass made around us, which looks up in us what it lacks
-            raise RuntimeError(
-                f"{what} was called on {type(self).__name__}, a wrapper that would keep what it sets to itself; "
-                "call it on the optimizer inside, with Lightning opt.optimizer"
-            )
+        return super().perturbed or bool(self._statistics.modules)
 
     # ---- measurements ----
 
@@ -321,66 +229,6 @@ class SAM(Optimizer):
         if reset:
             self._total.zero_()  # in place: a CUDA graph may hold it
         return mean
-
-    # ---- saving and copying ----
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and groups, with rho, adaptive and eta in each group; never the backup.
-
-        Raises:
-            RuntimeError: if the weights are perturbed.
-        """
-        self._check_not_perturbed("state_dict()")
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this class or of the plain base optimizer, which leaves rho, adaptive and eta alone.
-
-        Raises:
-            RuntimeError: if the weights are perturbed.
-        """
-        self._check_not_perturbed("load_state_dict()")
-        super().load_state_dict(state_dict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._check_not_perturbed("copying or pickling")
-        options = ("model", "scaler", "sync_perturbation")
-        names = ("base_optimizer", *options, "_measured", "_total", "_without_sam_is_meant")
-        return {name: self.__dict__[name] for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base_optimizer" in state:  # unpickled, or a deep copy
-            super().__setstate__(state)
-            self._set_up()
-        else:  # from Optimizer.load_state_dict; the base fills in what older checkpoints lack
-            self.base_optimizer.__setstate__(_keep_options(self, state))
-
-
-def _keep_options(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of the plain base, with the SAM options that ``opt`` has now."""
-    options = [{name: group[name] for name in _OPTIONS} for group in opt.param_groups]
-    groups = state_dict["param_groups"]
-    if len(groups) != len(options):
-        return state_dict  # which torch refuses with its own message
-    return {**state_dict, "param_groups": [{**kept, **group} for kept, group in zip(options, groups, strict=True)]}
-
-
-def _make_base(base: type[Optimizer], params: Iterable[Any], kwargs: dict[str, Any]) -> Optimizer:
-    try:
-        made = base(params, **kwargs)
-    except (TypeError, ValueError):  # which say what is wrong with an argument
-        raise
-    except Exception as error:
-        raise RuntimeError(
-            f"base: {base.__name__} could not be constructed: {type(error).__name__}: {error}"
-        ) from error
-    clash = [name for name in _OPTIONS if name in made.defaults]
-    if clash:
-        raise ValueError(
-            f"base: {base.__name__} has an option {clash[0]!r} of its own, which cannot be told from SAM's; "
-            "this base is not supported"
-        )
-    return made
 
 
 class FusedSAM(SAM):

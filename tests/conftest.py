@@ -7,8 +7,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: OpenMP's threads would spin in each other's way
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -7,7 +7,8 @@ import re
 import subprocess
 from pathlib import Path
 
-from tests.helpers.paths import CSRC, ROOT
+from tests.helpers.paths import ROOT
+from tests.helpers.sources import copy_changed
 
 HERE = Path(__file__).parent
 HARNESS = ROOT / "tests" / "cuda" / "emulation" / "test_kernels.cpp"
@@ -21,21 +22,17 @@ STREAMED = {**SMALL, "kPastCacheFrom = 1 << 23;": "kPastCacheFrom = 0;"}
 
 
 def kernels(folder: Path, compiler: str, flags: list[str], changes: dict[str, str]) -> tuple[Path, str]:
-    """tests/cuda/emulation/test_kernels.cpp with a csrc/cpu.cpp in which every key of ``changes`` is its value.
+    """tests/cuda/emulation/test_kernels.cpp with csrc/cpu.cpp, changed as :func:`copy_changed` does.
 
-    Each key must occur once. Returns the program and what the compiler said.
+    Returns the program and what the compiler said.
     """
-    folder.mkdir()
-    source = (CSRC / "cpu.cpp").read_text()
-    for old, new in changes.items():
-        assert source.count(old) == 1, f"csrc/cpu.cpp: expected {old!r} once, found it {source.count(old)} times"
-        source = source.replace(old, new)
-    (folder / "cpu.cpp").write_text(source)  # here, so that it includes the parallel.h of this folder
+    copy_changed(folder, changes, "cpu.cpp")
+    (folder / "parallel.h").write_text((HERE / "parallel.h").read_text())  # threads without torch
     harness, backend = HARNESS.read_text(), '"../../../csrc/cuda.cu"'
     assert harness.count(backend) == 1
     (folder / "test_kernels.cpp").write_text(harness.replace(backend, '"backend.h"'))
     program = folder / "test_kernels"
-    includes = [f"-I{path}" for path in (folder, HERE, CSRC)]
+    includes = [f"-I{folder}", f"-I{HERE}"]
     command = [compiler, *FLAGS, *flags, *includes, str(folder / "test_kernels.cpp"), "-pthread", "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ from tests.cuda.emulation.build import SMALL, kernels, sources
 from tests.helpers.entries import entries
 from tests.helpers.paths import ROOT
 from tests.helpers.place import DEVICE_TESTS, on_the_cpu
+from tests.helpers.sources import FOUR_BASES, QUICK, QUICK_TYPES
 
 pytestmark = [on_the_cpu, pytest.mark.slow]
 TENSORS = [1, 62, 63, 64, 72, 73, 200, 499, 500, 1000, 1300, 2000]  # in a list, to count launches
@@ -25,13 +26,13 @@ OLD = {"EMULATION_OLD_DRIVER": "1"}
 DTYPE = torch.float64  # whose weights have no room for a wrong norm
 ORDERS = ("0", "1", "5")  # of threads and blocks: as numbered, from the end, random
 
-#: name: (sanitizers, changes to csrc/cuda.cu)
+#: name: (sanitizers, changes to csrc)
 SOUND = {
     "plain": ("", {}),
-    "address, undefined": ("address,undefined", SMALL),
-    "thread": ("thread", SMALL),
+    "address, undefined": ("address,undefined", {**SMALL, **FOUR_BASES}),
+    "thread": ("thread", {**SMALL, **FOUR_BASES, **QUICK_TYPES}),
 }
-#: name: (sanitizers, changes to csrc/cuda.cu, what must be reported)
+#: name: (sanitizers, changes to csrc beside QUICK, what must be reported)
 BUGS = {
     "a missing barrier": (
         "",
@@ -102,12 +103,12 @@ def done(tmp_path_factory) -> Iterator[dict[str, list[Future[subprocess.Complete
     pool = ThreadPoolExecutor(os.cpu_count())
     halves = DEVICE_TESTS[:2], DEVICE_TESTS[2:]  # about half the time each
     started = {"Python": [pool.submit(pytest_run, half) for half in halves]}
-    variants = {name: what[:2] for name, what in {**SOUND, **BUGS}.items()}
+    variants = {**SOUND, **{name: (sanitizers, {**QUICK, **bug}) for name, (sanitizers, bug, _) in BUGS.items()}}
     programs = {
         name: pool.submit(kernels, folder / str(i), *variant) for i, (name, variant) in enumerate(variants.items())
     }
     for name, (sanitizers, _) in variants.items():
-        quick = ["quick"] if sanitizers == "thread" else []
+        quick = ["quick"] if sanitizers == "thread" or name in BUGS else []
         orders = ORDERS if name in SOUND else ORDERS[:1]
         started[name] = [pool.submit(run, programs[name], order, *quick) for order in orders]
     started["gpu_check"] = [pool.submit(emulated_steps, folder / "steps.pt")]

@@ -15,6 +15,8 @@ DEVICE = torch.device("cuda:0" if PLACE == "cuda" else "cpu")
 #: The test files that run on every device; the others are about what is around the arithmetic.
 DEVICE_TESTS = [
     "optimizer/test_parity.py",
+    "optimizer/test_msam_parity.py",
+    "optimizer/test_msam.py",
     "optimizer/test_checkpoints.py",
     "optimizer/test_ops.py",
     "optimizer/test_algorithm.py",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sam_fused import FusedSAM, ReferenceSAM
+from sam_fused import FusedMSAM, FusedSAM, ReferenceMSAM, ReferenceSAM
+from sam_fused.around import Around
 from tests.helpers.cases import TOLERANCE, assert_near, assert_same_state, clones, set_grads
 
 both = pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
@@ -22,7 +23,7 @@ def assert_untouched(params, before) -> None:
         assert p.stride() == stride
 
 
-def copy_over(to: ReferenceSAM, source: FusedSAM) -> None:
+def copy_over(to: Around, source: Around) -> None:
     """Make the reference go on from the extension's parameters and state."""
     for mine, theirs in zip(to.param_groups, source.param_groups, strict=True):
         for p, q in zip(mine["params"], theirs["params"], strict=True):
@@ -67,4 +68,35 @@ def lockstep(groups, base, options, steps=30, skips=(), **sam):
         if dtypes != {torch.float64}:  # in float64 all steps accumulate; elsewhere each is compared by itself
             copy_over(reference, fused)
     assert_near(fused.mean_sharpness(), reference.mean_sharpness(), 1e-6, "mean sharpness")
+    return fused
+
+
+def lockstep_in_one_pass(groups, base, options, steps=12, skips=(), **msam):
+    """Run FusedMSAM and ReferenceMSAM over the same gradients; ``skips`` holds, in turn, indices without a gradient."""
+    flat = [p for g in groups for p in g["params"]]
+    twins = iter(clones(flat))
+    twin_groups = [{**g, "params": [next(twins) for _ in g["params"]]} for g in groups]
+    fused = FusedMSAM(groups, base, **options, **msam)
+    reference = ReferenceMSAM(twin_groups, base, **options, **msam)
+    others = [p for g in twin_groups for p in g["params"]]
+    dtypes = {p.dtype for p in flat}
+    tolerance = max(TOLERANCE[d] for d in dtypes)
+    for step in range(steps):
+        for params in (flat, others):
+            set_grads(params, step, skips[step % len(skips)] if skips else frozenset())
+        fused.step()
+        reference.step()
+        for i, (p, q) in enumerate(zip(flat, others, strict=True)):
+            assert_near(p.detach(), q.detach(), tolerance, f"step {step}, perturbed params[{i}]")
+        if dtypes != {torch.float64} or step % 3 == 2:  # in float64 all steps accumulate; elsewhere each is by itself
+            perturbed = [p.detach().clone() for p in flat]
+            fused.eval()
+            reference.eval()
+            assert_same_state(fused, reference, tolerance, f"step {step}")
+            if dtypes != {torch.float64}:
+                copy_over(reference, fused)
+            fused.train()
+            reference.train()
+            for i, (p, before) in enumerate(zip(flat, perturbed, strict=True)):
+                assert torch.equal(p, before), f"step {step}: params[{i}] is not where it was before eval and train"
     return fused

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sam_fused import FusedSAM, ReferenceSAM
+from sam_fused import FusedMSAM, FusedSAM, ReferenceMSAM, ReferenceSAM
 from tests.helpers.cases import assert_near
 from tests.helpers.networks import batch, fsdp, loss_of, take_step, uneven
 from tests.helpers.pair import full
@@ -343,3 +343,103 @@ def dtensor_errors() -> None:
 
 def test_what_dtensors_cannot_do_is_said(pair):
     pair(dtensor_errors)
+
+
+# ---- one pass ----
+
+
+def backward(opt, model, x, y) -> None:
+    opt.zero_grad()
+    loss_of(model, x, y).backward()
+
+
+def one_pass(make, base, adaptive, options) -> None:
+    """The ranks' weights agree bit for bit, and are those of one process with the whole batch."""
+    model, alone = make(), uneven()
+    opt = FusedMSAM(model.parameters(), base, adaptive=adaptive, model=model, **OPTIONS, **options)
+    expected = ReferenceMSAM(alone.parameters(), base, adaptive=adaptive, **OPTIONS, **options)
+    for step in range(6):
+        backward(opt, model, *shard(step, dist.get_rank()))
+        opt.step()
+        backward(expected, alone, *batch(step))
+        expected.step()
+        assert_same_weights(model, alone, 1e-10, f"step {step}, perturbed")
+        if make is not fsdp:
+            assert_ranks_agree(model.parameters())
+        if step % 3 == 2:  # an evaluation and a checkpoint
+            expected.eval()
+            model.eval()
+            with torch.no_grad():
+                loss = loss_of(model, *batch(step))
+                assert_near(loss, loss_of(alone, *batch(step)), 1e-10, "loss at the clean weights")
+            model.state_dict()
+            assert_same_weights(model, alone, 1e-10, f"step {step}, clean")
+            model.train()
+            expected.train()
+
+
+def replicated() -> nn.Module:
+    return DistributedDataParallel(uneven())
+
+
+ONE_PASS = pytest.mark.parametrize(
+    ("base", "options"),
+    [(torch.optim.Adam, {}), (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.NAdam, {})],
+    ids=["adam", "sgd", "nadam"],
+)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@ONE_PASS
+@pytest.mark.parametrize("make", [replicated, fsdp], ids=["ddp", "fsdp2"])
+def test_one_pass_is_msam_on_the_whole_batch(pair, make, base, adaptive, options):
+    pair(one_pass, make, base, adaptive, options)
+
+
+def one_pass_communicates_once() -> int:
+    model = replicated()
+    calls = []
+    model.register_comm_hook(None, lambda _, bucket: calls.append(bucket) or averaged(bucket))
+    opt = FusedMSAM(model.parameters(), torch.optim.Adam, model=model, **OPTIONS)
+    for step in range(3):
+        take_step(opt, model, *shard(step, dist.get_rank()))
+    return len(calls)
+
+
+def averaged(bucket):
+    work = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return work.then(lambda future: future.value()[0] / dist.get_world_size())
+
+
+def test_one_pass_has_one_all_reduce_a_step(pair):
+    assert pair(one_pass_communicates_once) == [3, 3]
+
+
+def one_pass_checkpoint(folder) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def fresh():
+        model = fsdp()
+        return model, FusedMSAM(model.parameters(), torch.optim.Adam, model=model, **OPTIONS)
+
+    model, opt = fresh()
+    for step in range(2):
+        take_step(opt, model, *shard(step, dist.get_rank()))
+    weights, state = get_state_dict(model, opt)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    other, resumed = fresh()
+    weights, state = get_state_dict(other, resumed)
+    held = {"model": weights, "optimizer": state}
+    dcp.load(held, checkpoint_id=folder)
+    set_state_dict(other, resumed, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
+    for step in range(2, 5):
+        for m, o in ((model, opt), (other, resumed)):
+            backward(o, m, *shard(step, dist.get_rank()))
+            o.step()
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p.to_local(), q.to_local())
+
+
+def test_one_pass_goes_on_from_a_distributed_checkpoint(pair, tmp_path):
+    pair(one_pass_checkpoint, str(tmp_path))

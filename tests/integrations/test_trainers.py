@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from sam_fused import FusedSAM
+from sam_fused import FusedMSAM, FusedSAM
 from tests.helpers.networks import perceptron
 
 pytestmark = [
@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated"),  # Lightning's own
 ]
 EPOCHS = 2
+SCALE = 2.0**4  # of float16 losses
 torch.manual_seed(0)
 DATA = TensorDataset(torch.randn(48, 6), torch.randint(3, (48,)))
 LOADER = DataLoader(DATA, batch_size=8)
@@ -44,6 +45,29 @@ def plain_loop(accumulate: int = 1, bf16: bool = False, rho: float = 0.3) -> dic
                     loss = cross_entropy(model(x), y) / accumulate
                 loss.backward()
             opt.first_step() if rho and not opt.perturbed else opt.step()
+        scheduler.step()
+    return model.state_dict()
+
+
+def make_one_pass(model: nn.Module) -> tuple[FusedMSAM, torch.optim.lr_scheduler.StepLR]:
+    opt = FusedMSAM(model.parameters(), torch.optim.AdamW, lr=0.05, rho=0.3, model=model)
+    return opt, torch.optim.lr_scheduler.StepLR(opt, 5, 0.5)
+
+
+def plain_one_pass_loop(accumulate: int = 1, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """:func:`plain_loop` with FusedMSAM, an ordinary loop; ``dtype`` is autocast's. Ends with the clean weights."""
+    model = perceptron(3)
+    opt, scheduler = make_one_pass(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=dtype is torch.float16)
+    batches = list(LOADER) * EPOCHS
+    for start in range(0, len(batches), accumulate):
+        opt.zero_grad()
+        for x, y in batches[start : start + accumulate]:
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                loss = cross_entropy(model(x), y) / accumulate
+            scaler.scale(loss).backward()
+        scaler.step(opt)
+        scaler.update()
         scheduler.step()
     return model.state_dict()
 
@@ -141,7 +165,7 @@ def fit(module: pl.LightningModule, epochs: int = EPOCHS, ckpt_path: str | None 
 
 def fp16() -> MixedPrecision:
     """Lightning's float16 with a GradScaler, on the CPU; nothing overflows."""
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**4))
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=SCALE))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -215,6 +239,61 @@ def test_lightning_resumes(cls, tmp_path):
     fit(module, ckpt_path=str(tmp_path / "half.ckpt"))
     assert module.calls == 2 * len(LOADER)
     assert_same(module.net, plain_loop())
+
+
+class OnePass(Automatic):
+    """Automatic optimization as it is for any optimizer."""
+
+    def configure_optimizers(self):
+        self.opt, scheduler = make_one_pass(self.net)
+        return {"optimizer": self.opt, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        assert not self.net.training
+        self.log("val", cross_entropy(self.net(x), y))
+        assert not self.opt.perturbed
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", None), ("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16)]
+)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_lightning_trains_in_one_pass_in_every_precision(precision, dtype, accumulate):
+    module = OnePass()
+    how = {"plugins": [fp16()]} if dtype is torch.float16 else {"precision": precision}
+    trainer = fit(module, accumulate_grad_batches=accumulate, **how)
+    assert trainer.global_step == EPOCHS * len(LOADER) // accumulate
+    assert module.calls == EPOCHS * len(LOADER)
+    assert module.opt.perturbed
+    assert_same(module.net, plain_one_pass_loop(accumulate, dtype))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_lightning_trains_in_one_pass_with_parameters_of_another_precision(precision):
+    module = OnePass()
+    fit(module, precision=precision)
+    assert module.calls == EPOCHS * len(LOADER)
+    loss = torch.stack([module.loss([t.to(module.net[0].weight.dtype) if t.is_floating_point() else t for t in batch])
+                        for batch in LOADER]).mean()  # fmt: skip
+    assert loss.isfinite()
+
+
+def test_lightning_validates_with_the_clean_weights():
+    module = OnePass()
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(max_epochs=EPOCHS, accelerator="cpu", **quiet)
+    trainer.fit(module, LOADER, LOADER)
+    assert trainer.callback_metrics["val"].isfinite()
+    assert_same(module.net, plain_one_pass_loop())
+
+
+def test_lightning_resumes_in_one_pass(tmp_path):
+    fit(OnePass(), epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+    module = OnePass()
+    fit(module, ckpt_path=str(tmp_path / "half.ckpt"))
+    assert module.calls == len(LOADER)
+    assert_same(module.net, plain_one_pass_loop())
 
 
 # ---- accelerate ----
@@ -315,7 +394,7 @@ def test_accelerates_wrapper_hides_first_step(accelerator):
 def loop_with_scaler(first_step: bool = False, closure_form: bool = False) -> nn.Module:
     """What accelerate makes with mixed_precision="fp16", which needs a GPU. A power of two scales without rounding."""
     model = perceptron(3)
-    amp = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    amp = torch.amp.GradScaler("cpu", init_scale=SCALE)
     inner, scheduler = make(model, scaler=amp)
     opt = AcceleratedOptimizer(inner, scaler=amp)
     for x, y in list(LOADER) * EPOCHS:
@@ -345,3 +424,59 @@ def test_accelerate_with_a_scaler_refuses_the_closure(accelerator):
 def test_accelerate_without_first_step_warns(accelerator):
     with pytest.warns(UserWarning, match="the step of AdamW, without SAM"):
         assert_same(loop_with_scaler(), plain_loop(rho=0.0))
+
+
+@settings
+def test_accelerate_in_one_pass(accelerator):
+    """Its wrapper passes train() and eval() on."""
+    model = perceptron(3)
+    opt = FusedMSAM(model.parameters(), torch.optim.AdamW, lr=0.05, rho=0.3)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 5, 0.5)
+    model, opt, scheduler, loader = accelerator.prepare(model, opt, scheduler, LOADER)
+    for _ in range(EPOCHS):
+        opt.train()
+        for x, y in loader:
+            opt.zero_grad()
+            accelerator.backward(cross_entropy(model(x), y))
+            opt.step()
+            scheduler.step()
+        opt.eval()
+        assert not opt.optimizer.perturbed
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    assert_same(accelerator.unwrap_model(model), plain_one_pass_loop(dtype=dtype))
+
+
+@pytest.mark.parametrize("accelerator", [{"gradient_accumulation_steps": 3}], indirect=True)
+def test_accelerate_accumulates_in_one_pass(accelerator):
+    model = perceptron(3)
+    model, opt, scheduler, loader = accelerator.prepare(model, *make_one_pass(model), LOADER)
+    for _ in range(EPOCHS):
+        for x, y in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(cross_entropy(model(x), y))
+                opt.step()
+                scheduler.step()
+                opt.zero_grad()
+    assert_same(accelerator.unwrap_model(model), plain_one_pass_loop(accumulate=3))
+
+
+def test_accelerate_resumes_in_one_pass(accelerator, tmp_path):
+    ends = []
+    for resumed in (False, True):
+        model = perceptron(3)
+        model, opt, scheduler, loader = accelerator.prepare(model, *make_one_pass(model), LOADER)
+        for epoch in range(EPOCHS):
+            if resumed and epoch == 0:
+                accelerator.load_state(tmp_path)
+                continue
+            for x, y in loader:
+                opt.zero_grad()
+                accelerator.backward(cross_entropy(model(x), y))
+                opt.step()
+                scheduler.step()
+            if not resumed and epoch == 0:
+                accelerator.save_state(tmp_path)
+        ends.append(model)
+        accelerator.free_memory()
+    for model in ends:
+        assert_same(accelerator.unwrap_model(model), plain_one_pass_loop())

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import sam_fused
-from sam_fused import FusedSAM, ReferenceSAM
+from sam_fused import FusedMSAM, FusedSAM, ReferenceMSAM, ReferenceSAM
+from sam_fused.msam import MSAM
 from tests.helpers.cases import generator
 
 PACKAGE = str(Path(sam_fused.__file__).parent)
@@ -62,10 +63,15 @@ class Training:
         self.x, self.y = torch.randn(8, 3, generator=generator(1)), torch.arange(8) % 2
         for _ in range(earlier):
             self.opt.step(self.closure)
-        self.before = self.weights()
+        self.before = self.clean_weights()
 
-    def weights(self) -> list[torch.Tensor]:
-        return [p.detach().clone() for p in self.model.parameters()]
+    def clean_weights(self) -> list[torch.Tensor]:
+        if isinstance(self.opt, MSAM):
+            self.opt.eval()
+        weights = [p.detach().clone() for p in self.model.parameters()]
+        if isinstance(self.opt, MSAM):
+            self.opt.train()
+        return weights
 
     def closure(self) -> torch.Tensor:
         self.opt.zero_grad()
@@ -80,8 +86,16 @@ class Training:
         self.model[2].bias.grad = None  # perturbed, and without a gradient now
         self.opt.second_step()
 
+    def one_pass(self) -> None:
+        self.closure()
+        self.opt.step()
+        self.opt.eval()
+        self.opt.train()
+
     def act(self, how: str) -> Callable[[], object]:
-        return (lambda: self.opt.step(self.closure)) if how == "closure" else self.two_calls
+        if how == "closure":
+            return lambda: self.opt.step(self.closure)
+        return self.one_pass if isinstance(self.opt, MSAM) else self.two_calls
 
     def check(self, after: list[torch.Tensor], where: str) -> None:
         torch.set_grad_enabled(True)  # torch's own contexts do not survive every interrupt
@@ -94,17 +108,23 @@ class Training:
         else:
             raise AssertionError(f"{where}: the weights are neither those before the step nor those after it")
         assert self.model[1].track_running_stats, where
+        if isinstance(self.opt, MSAM):
+            self.opt.train()
         self.opt.step(self.closure)
         assert all(p.isfinite().all() for p in self.model.parameters()), where
 
 
-ADAM, RPROP = torch.optim.Adam, torch.optim.Rprop  # fused, and composed
+ADAM, RPROP, NADAM = torch.optim.Adam, torch.optim.Rprop, torch.optim.NAdam  # fused, and composed
 CASES = [
     (FusedSAM, ADAM, 0),  # the first step, which makes the state
     (FusedSAM, ADAM, 2),
     (FusedSAM, RPROP, 2),
     (ReferenceSAM, ADAM, 0),
     (ReferenceSAM, RPROP, 2),
+    (FusedMSAM, ADAM, 0),
+    (FusedMSAM, ADAM, 2),  # from backup to backup
+    (FusedMSAM, NADAM, 2),
+    (ReferenceMSAM, ADAM, 2),
 ]
 
 
@@ -116,7 +136,7 @@ def test_at_every_line(cls, base, earlier, how):
     whole = Training(cls, base, earlier)
     trace = Interrupter()
     assert not trace(whole.act(how))
-    after = whole.weights()
+    after = whole.clean_weights()
     first = {line: at for at, line in reversed(list(enumerate(trace.lines, start=1)))}
     last = {line: at for at, line in enumerate(trace.lines, start=1)}
     assert len(first) > 40
@@ -125,7 +145,8 @@ def test_at_every_line(cls, base, earlier, how):
         interrupt = Interrupter(at)
         assert interrupt(training.act(how))
         where = f"{interrupt.lines[-1]}, line {at} of {len(trace.lines)}"
-        assert how != "closure" or not training.opt.perturbed, f"{where}: step(closure) left the weights perturbed"
+        if how == "closure" and not isinstance(training.opt, MSAM):
+            assert not training.opt.perturbed, f"{where}: step(closure) left the weights perturbed"
         training.check(after, where)
 
 

@@ -51,26 +51,37 @@ def arguments(op, base="adam", dtype=torch.float32, sizes=(5, 3)):
             "ascent": common["ascent"],
             "group_sizes": common["group_sizes"],
         }
+    if op == "perturb_from_":
+        return {
+            "params": common["params"],
+            "directions": common["grads"],
+            "saved": backups,
+            "norm": there(3.0)[0],
+            "ascent": common["ascent"],
+            "group_sizes": common["group_sizes"],
+        }
     if op == "restore_":
         return {"params": common["params"], "backups": backups}
-    return {
-        "base": base,
-        "params": common["params"],
-        "grads": common["grads"],
-        "backups": [backups[0], *[None for _ in sizes[2:]], backups[-1]],
+    update = UPDATES[base]
+    of_base = {
         "state": [
             1 + t.abs() if "sq" in key else t / 8  # a mean of squares is larger than the square of the mean
-            for k, key in enumerate(UPDATES[base].state)
+            for k, key in enumerate(update.state)
             for t in make(dtype, sizes, 4 + k)
         ],
-        "steps": [torch.tensor(float(i)) for i in range(len(sizes))] if UPDATES[base].counts_steps else [],
-        "hyper": rows(*2 * [list(UPDATES[base].hyper.values())]),
-        "group_sizes": common["group_sizes"],
+        "steps": [torch.tensor(float(i)) for i in range(len(sizes))] if update.counts_steps else [],
+        "hyper": rows(*2 * [list(update.hyper.values())]),
     }
+    given = {"base": base, "params": common["params"], "grads": common["grads"]}
+    sizes_of_groups = {"group_sizes": common["group_sizes"]}
+    if op == "step_along_":
+        return {**given, **of_base, "ascent": common["ascent"], "moment": update.moment, **sizes_of_groups}
+    return {**given, "backups": [backups[0], *[None for _ in sizes[2:]], backups[-1]], **of_base, **sizes_of_groups}
 
 
-CALLS = [("grad_sq_norm", None), ("sharpness_", None), ("perturb_", None), ("restore_", None)]
+CALLS = [(op, None) for op in ("grad_sq_norm", "sharpness_", "perturb_", "perturb_from_", "restore_")]
 CALLS += [("restore_step_", base) for base in UPDATES]
+CALLS += [("step_along_", base) for base, update in UPDATES.items() if update.moment is not None]
 
 
 @pytest.mark.parametrize(("op", "base"), CALLS)
@@ -100,7 +111,12 @@ def tensors(value):
     return [t for t in value if isinstance(t, torch.Tensor)] if isinstance(value, list) else []
 
 
-MUTATED = {"perturb_": ("params", "backups"), "restore_": ("params",), "sharpness_": ("total",)}
+MUTATED = {
+    "perturb_": ("params", "backups"),
+    "perturb_from_": ("params",),
+    "restore_": ("params",),
+    "sharpness_": ("total",),
+}
 
 
 @pytest.mark.parametrize("front", [OPS, _C], ids=["torch.ops", "_C"])
@@ -215,9 +231,9 @@ def test_every_instruction_set_is_at_one_on_extreme_numbers(op, base, dtype, ada
     for _ in each_instruction_set():
         n = len(EXTREME)
         args = arguments(op, base or "adam", dtype, (n * n + 1, n * n, 1))
-        for name in ("params", "grads", "backups", "state"):
+        for name in ("params", "grads", "directions", "backups", "saved", "state"):
             for t in tensors(args.get(name, []))[:2]:
-                grid = values.repeat_interleave(n) if name in ("grads", "state") else values.repeat(n)
+                grid = values.repeat_interleave(n) if name in ("grads", "directions", "state") else values.repeat(n)
                 t[: n * n].copy_(grid[: t.numel()])
         if "ascent" in args:
             args["ascent"] = rows([0.1, 0.0, adaptive], [0.2, 0.1, adaptive])
@@ -256,6 +272,37 @@ def test_one_openmp_runtime():
     assert len(torchs) == 1
     needed = Path(_C.__file__).read_bytes()
     assert b"libgomp.so" not in needed
+
+
+@pytest.mark.parametrize("adaptive", [0.0, 1.0])
+@pytest.mark.parametrize("skipped", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("base", [base for op, base in CALLS if op == "step_along_"])
+def test_step_along_is_the_step_and_the_norm(base, dtype, skipped, adaptive):
+    """To the same bits, whether or not an overflow skips the update."""
+    along, plain = (arguments(op, base, dtype, SIZES) for op in ("step_along_", "restore_step_"))
+    ascent = along["ascent"] = rows([0.1, 0.0, adaptive], [0.2, 0.1, adaptive])
+    plain["backups"] = [None for _ in SIZES]
+    found_inf = torch.tensor(float(skipped))
+    sq_norms = _C.step_along_(**along, found_inf=found_inf)
+    _C.restore_step_(**plain, found_inf=found_inf)
+    for name in ("params", "state", "steps"):
+        assert all(torch.equal(a, b) for a, b in zip(along[name], plain[name], strict=True)), name
+    n, k = len(SIZES), along["moment"]
+    moments = plain["state"][k * n : (k + 1) * n]
+    assert torch.equal(sq_norms, _C.grad_sq_norm(plain["params"], moments, ascent, plain["group_sizes"]))
+
+
+@pytest.mark.parametrize("norm", [3.0, torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_perturb_from_is_perturb_from_what_is_saved(dtype, norm):
+    args = arguments("perturb_from_", dtype=dtype, sizes=SIZES)
+    saved, params = args["saved"], [t.clone() for t in args["saved"]]
+    backups = [torch.empty_like(t) for t in params]
+    _C.perturb_(params, args["directions"], backups, there(norm)[0], args["ascent"], args["group_sizes"])
+    _C.perturb_from_(**{**args, "norm": there(norm)[0]})
+    assert all(torch.equal(a, b) for a, b in zip(args["params"], params, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(saved, backups, strict=True))
 
 
 def test_norm_is_summed_in_float64():
@@ -318,6 +365,14 @@ ERRORS = [
      r"backups\[1\]: expected strides \[1\], .* got \[2\]"),
     ("perturb_", change(grad_norm=torch.tensor(1.0)), RuntimeError,
      r"grad_norm: expected 1 contiguous float64"),
+    ("perturb_from_", change(saved=make()[:1]), RuntimeError,
+     r"saved: expected 2 tensors, one for each of params, got 1"),
+    ("perturb_from_", change(directions=[torch.ones(5), torch.ones(4)]), RuntimeError,
+     r"directions\[1\]: expected shape \[3\], got \[4\]"),
+    ("step_along_", change(moment=2), ValueError,
+     r"moment: expected one of the 2 lists of state, got 2"),
+    ("step_along_", change(ascent=rows([0.1, 0, 0])), RuntimeError,
+     r"ascent: expected shape \[2, 3\], got \[1, 3\]"),
     ("restore_step_", change(base="lion"), ValueError,
      r"base: the extension has no update called 'lion'"),
     ("restore_step_", change(state=make()), RuntimeError,

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tests.helpers.paths import CSRC, ROOT
+from tests.helpers.sources import copy_changed
 
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
@@ -35,19 +36,14 @@ def extension() -> ModuleType:
 
 
 def sources(folder: Path, changes: dict[str, str]) -> list[str]:
-    """test_kernels.cpp with a csrc/cuda.cu in which every key of ``changes``, which must occur once, is its value.
+    """test_kernels.cpp with csrc/cuda.cu, changed as :func:`copy_changed` does, in ``folder``.
 
-    Written to ``folder``; returns g++'s command without an output.
+    Returns g++'s command without an output.
     """
-    folder.mkdir()
-    source = (CSRC / "cuda.cu").read_text()
-    for old, new in changes.items():
-        assert source.count(old) == 1, f"csrc/cuda.cu: expected {old!r} once, found it {source.count(old)} times"
-        source = source.replace(old, new)
-    (folder / "cuda.cu").write_text(source)
+    copy_changed(folder, changes, "cuda.cu")
     test = (HERE / "test_kernels.cpp").read_text()
     (folder / "test_kernels.cpp").write_text(test.replace('"../../../csrc/cuda.cu"', '"cuda.cu"'))
-    return ["g++", *FLAGS, f"-I{CSRC}", f"-I{HERE}", f"-I{folder}", str(folder / "test_kernels.cpp")]
+    return ["g++", *FLAGS, f"-I{folder}", f"-I{HERE}", str(folder / "test_kernels.cpp")]
 
 
 def kernels(folder: Path, sanitizers: str, changes: dict[str, str]) -> Path:

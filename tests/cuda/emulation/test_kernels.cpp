@@ -163,23 +163,27 @@ void near(DType dtype, Wide actual, Wide exact, Wide terms, const char* what, si
 
 // ---- tests ----
 
+void expect_sq_norms(const double* actual, const Table& table, const std::vector<Ascent>& ascent, const char* what) {
+  std::vector<Wide> exact(ascent.size());
+  for (const Row& row : table)
+    for (int64_t i = 0; i < row.numel; ++i) {
+      const Ascent& a = ascent[row.group];
+      const Wide w = get(row.dtype, row.param, i), g = get(row.dtype, row.grad, i);
+      const Wide x = a.adaptive != 0 ? Ascend<Wide, true>(a).scaled(w, g) : g;
+      exact[row.group] += x * x;
+    }
+  for (size_t g = 0; g < ascent.size(); ++g) expect(std::abs(actual[g] - exact[g]) <= 1e-6 * exact[g], what, g, 0);
+}
+
 void ascend(const List& list) {
   const Table& table = list.table;
   const int64_t groups = static_cast<int64_t>(list.ascent.size());
   const auto before = params(table);
-  std::vector<Wide> exact(groups);
-  for (size_t r = 0; r < table.size(); ++r)
-    for (int64_t i = 0; i < table[r].numel; ++i) {
-      const Ascent& a = list.ascent[table[r].group];
-      const Wide g = get(table[r].dtype, table[r].grad, i);
-      const Wide x = a.adaptive != 0 ? Ascend<Wide, true>(a).scaled(before[r][i], g) : g;
-      exact[table[r].group] += x * x;
-    }
   auto* sq_norms = static_cast<double*>(allocate(groups * sizeof(double)));
   cuda_backend.grad_sq_norm(queue, table, list.ascent.data(), groups, sq_norms);
+  expect_sq_norms(sq_norms, table, list.ascent, "grad_sq_norm");
   Wide sq = 0, weighted = 0;
   for (int64_t g = 0; g < groups; ++g) {
-    expect(std::abs(sq_norms[g] - exact[g]) <= 1e-6 * exact[g], "grad_sq_norm", g, 0);
     sq += sq_norms[g];
     weighted += list.ascent[g].rho * sq_norms[g];
   }
@@ -191,7 +195,7 @@ void ascend(const List& list) {
   for (int k = 0; k < 3; ++k) expect(std::abs(out[k] - wanted[k]) <= 1e-12 * norm, "sharpness", 0, k);
   expect(total[0] == 1 + out[1] && total[1] == 3, "total", 0, 0);
 
-  cuda_backend.perturb(queue, table, list.ascent.data(), out + 2);
+  cuda_backend.perturb(queue, table, list.ascent.data(), out + 2, false);
   const auto after = params(table), saved = backups(table);
   for (size_t r = 0; r < table.size(); ++r)
     for (int64_t i = 0; i < table[r].numel; ++i) {
@@ -205,8 +209,15 @@ void ascend(const List& list) {
   cuda_backend.restore(queue, table);
   expect(params(table) == before, "restore", 0, 0);
 
+  for (const Row& row : table)
+    for (int64_t i = 0; i < row.numel; ++i) put(row.dtype, row.param, i, 0.125);
+  cuda_backend.perturb(queue, table, list.ascent.data(), out + 2, true);
+  expect(params(table) == after && backups(table) == before, "perturb from what is saved", 0, 0);
+
   auto* infinite = device({HUGE_VAL});
-  cuda_backend.perturb(queue, table, list.ascent.data(), infinite);
+  cuda_backend.perturb(queue, table, list.ascent.data(), infinite, true);
+  expect(params(table) == before && backups(table) == before, "perturb by an infinite norm, from what is saved", 0, 0);
+  cuda_backend.perturb(queue, table, list.ascent.data(), infinite, false);
   expect(params(table) == before && backups(table) == before, "perturb by an infinite norm", 0, 0);
 }
 
@@ -227,6 +238,8 @@ void descend(const List& list, int index) {
   auto* lr = static_cast<double*>(allocate(groups * sizeof(double)));
   for (int g = 0; g < groups; ++g) lr[g] = (g % 5 + 1) / 1024.0;
   const double scale = 0.5;
+  auto* sq_norms = static_cast<double*>(allocate(groups * sizeof(double)));
+  const Along along{std::max(Base::states - 1, 0), list.ascent.data(), groups, sq_norms};
   const auto before = params(table), from = backups(table);
   for (const float skip : {1.0f, 0.0f}) {
     std::vector<std::vector<std::vector<Wide>>> states(kMaxStates);
@@ -238,7 +251,8 @@ void descend(const List& list, int index) {
       }
     for (const Row& row : table) counts.push_back(row.step ? *row.step : 0);
     cuda_backend.restore_step(queue, table, index, reinterpret_cast<const double*>(rows.data()), lr,
-                              device({static_cast<float>(scale)}), device({skip}));
+                              device({static_cast<float>(scale)}), device({skip}), Base::states ? &along : nullptr);
+    if (Base::states) expect_sq_norms(sq_norms, along_state(table, along.state), list.ascent, "norm along a state");
     for (size_t r = 0; r < table.size(); ++r) {
       const Row& row = table[r];
       if (row.step) expect(*row.step == counts[r] + (skip == 0), "step", r, 0);
@@ -285,13 +299,13 @@ size_t launches_for(int tensors) {
   auto* doubles = static_cast<double*>(allocate(6 * sizeof(double)));
   cuda_backend.grad_sq_norm(queue, list.table, list.ascent.data(), 1, doubles);
   cuda_backend.sharpness(queue, doubles, list.ascent.data(), 1, nullptr, doubles + 1, doubles + 3);
-  cuda_backend.perturb(queue, list.table, list.ascent.data(), doubles + 5);
+  cuda_backend.perturb(queue, list.table, list.ascent.data(), doubles + 5, false);
   for (int b = 0; b < static_cast<int>(std::tuple_size_v<Bases>); ++b)
     with_base(b, [&]<class Base>(Base) {
       const auto hyper = hyper_of<Base>();
       if (std::string(Base::name) == "adam")
         cuda_backend.restore_step(queue, list.table, b, reinterpret_cast<const double*>(&hyper), nullptr, nullptr,
-                                  nullptr);
+                                  nullptr, nullptr);
     });
   return emulation::launches - before;
 }

@@ -1,0 +1,207 @@
+"""What every protocol around a base optimizer has in common: the groups, the state, saving and copying."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from .arithmetic import Arithmetic
+from .geometry import check_options
+from .parameters import check_group, check_memory
+
+_OPTIONS = ("rho", "adaptive", "eta")
+
+
+class Around(Optimizer):
+    """A base optimizer and an arithmetic, and one list of groups, one state and one set of defaults for all.
+
+    Attributes:
+        base_optimizer: the base; a scheduler may be given either.
+        model: as given.
+    """
+
+    #: A subclass's.
+    arithmetic: type[Arithmetic]
+    #: How to get out of the perturbed weights, for errors.
+    way_back: str
+    #: What a copy keeps.
+    kept: tuple[str, ...] = ("base_optimizer", "model")
+
+    #: torch.amp.GradScaler.step then leaves unscaling and skipping to step(), in grad_scale and found_inf.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base: type[Optimizer],
+        options: dict[str, Any],
+        model: nn.Module | None,
+        base_kwargs: dict[str, Any],
+    ) -> None:
+        if not (isinstance(base, type) and issubclass(base, Optimizer)):
+            raise TypeError(f"base: expected a class of torch.optim.Optimizer, such as torch.optim.Adam, got {base!r}")
+        closure = inspect.signature(base.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(f"base: {base.__name__}.step needs a closure of its own and cannot be a base of SAM")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        check_options(options)
+        self.model = model
+        self.base_optimizer = _make_base(base, params, base_kwargs)
+        groups, state, defaults = (getattr(self.base_optimizer, name) for name in ("param_groups", "state", "defaults"))
+        check_memory(groups)
+        defaults.update(options)
+        # Optimizer.__init__ empties the groups and the state, and adds the groups again.
+        super().__init__(groups, defaults)
+        self.state = state
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """What a copy makes anew."""
+        self._arithmetic = self.arithmetic(self.base_optimizer)
+        self.base_optimizer.register_load_state_dict_pre_hook(_keep_options)
+
+    # ---- one list of parameter groups, one state and one set of defaults, the base's ----
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As :meth:`torch.optim.Optimizer.add_param_group`; the group may have its own rho, adaptive and eta."""
+        if isinstance(param_group, dict):
+            check_options(param_group)
+        self.base_optimizer.add_param_group(param_group)
+        try:
+            check_group(self.param_groups, len(self.param_groups) - 1)
+            if "_arithmetic" in self.__dict__:  # __init__ has checked it for all groups together
+                check_memory(self.param_groups)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    # ---- where the weights are ----
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the weights are perturbed: whether :meth:`restore` has something to do."""
+        return self._arithmetic.record is not None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the unperturbed weights back, bit for bit; nothing to do if they are there."""
+        self._check_not_borrowed("restore()")
+        self._restore()
+
+    @_disable_dynamo
+    def _restore(self) -> None:
+        self._arithmetic.restore()
+        self._moved()
+
+    def _moved(self) -> None:
+        """The weights are elsewhere than they were; autocast's outermost context may hold casts of them."""
+        torch.clear_autocast_cache()
+
+    def _updated(self) -> None:
+        """The base's update is done; a scheduler that was given the base asks for this."""
+        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def _device(self) -> torch.device:
+        """Of the first parameter."""
+        params = (p for group in self.param_groups for p in group["params"])
+        return next((p.device for p in params), torch.device("cpu"))
+
+    def _check_not_perturbed(self, what: str) -> None:
+        if self.perturbed:
+            raise RuntimeError(f"{what} was called while the weights are perturbed; {self.way_back}")
+
+    def _check_not_borrowed(self, what: str) -> None:
+        if "base_optimizer" not in self.__dict__:  # a subclass made around us, which looks up in us what it lacks
+            raise RuntimeError(
+                f"{what} was called on {type(self).__name__}, a wrapper that would keep what it sets to itself; "
+                "call it on the optimizer inside, with Lightning opt.optimizer"
+            )
+
+    # ---- saving and copying ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state and groups, with rho, adaptive and eta in each group; never the backup.
+
+        Raises:
+            RuntimeError: if the weights are perturbed.
+        """
+        self._check_not_perturbed("state_dict()")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of the plain base optimizer, which leaves rho, adaptive and eta alone.
+
+        Raises:
+            RuntimeError: if the weights are perturbed.
+        """
+        self._check_not_perturbed("load_state_dict()")
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_not_perturbed("copying or pickling")
+        return {name: self.__dict__[name] for name in self.kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base_optimizer" in state:  # unpickled, or a deep copy
+            super().__setstate__(state)
+            self._set_up()
+        else:  # from Optimizer.load_state_dict; the base fills in what older checkpoints lack
+            self.base_optimizer.__setstate__(_keep_options(self, state))
+
+
+def _keep_options(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of the plain base, with the SAM options that ``opt`` has now."""
+    options = [{name: group[name] for name in _OPTIONS} for group in opt.param_groups]
+    groups = state_dict["param_groups"]
+    if len(groups) != len(options):
+        return state_dict  # which torch refuses with its own message
+    return {**state_dict, "param_groups": [{**kept, **group} for kept, group in zip(options, groups, strict=True)]}
+
+
+def _make_base(base: type[Optimizer], params: Iterable[Any], kwargs: dict[str, Any]) -> Optimizer:
+    try:
+        made = base(params, **kwargs)
+    except (TypeError, ValueError):  # which say what is wrong with an argument
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"base: {base.__name__} could not be constructed: {type(error).__name__}: {error}"
+        ) from error
+    clash = [name for name in _OPTIONS if name in made.defaults]
+    if clash:
+        raise ValueError(
+            f"base: {base.__name__} has an option {clash[0]!r} of its own, which cannot be told from SAM's; "
+            "this base is not supported"
+        )
+    return made

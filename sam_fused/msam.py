@@ -1,0 +1,270 @@
+"""Momentum-SAM: one pass a step, with the weights perturbed from one step to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from . import amp
+from .around import Around
+from .bases import check_moments
+from .distributed import fsdp_modules, inner_modules
+from .fused import Fused
+from .parameters import name_of
+from .reference import Reference
+
+
+class MSAM(Around):
+    """What :class:`FusedMSAM` and :class:`ReferenceMSAM` share; see :class:`FusedMSAM` for the arguments."""
+
+    way_back = "call eval() first, and train() to go on"
+    kept = (*Around.kept, "_training")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base: type[Optimizer] = torch.optim.Adam,
+        *,
+        rho: float,
+        adaptive: bool = False,
+        eta: float = 0.0,
+        model: nn.Module | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        self._training = True
+        super().__init__(params, base, {"rho": rho, "adaptive": adaptive, "eta": eta}, model, base_kwargs)
+        check_moments(self.base_optimizer)
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        self._loaded = False  # a checkpoint, since when the weights were not perturbed
+        self._versions: list[int] | None = None  # of the perturbed weights; None: not known
+        if self.model is not None:
+            hooks = _Hooks(self)
+            for module in inner_modules(self.model):
+                # before FSDP2's, which gathers the weights
+                module.register_forward_pre_hook(hooks.before_forward, prepend=True)
+                module.register_state_dict_pre_hook(hooks.before_state_dict)
+                module.register_load_state_dict_pre_hook(hooks.before_loading)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As :meth:`torch.optim.Optimizer.add_param_group`; the group may have its own rho, adaptive and eta."""
+        super().add_param_group(param_group)
+        if "_arithmetic" in self.__dict__:  # __init__ checks all groups together
+            try:
+                check_moments(self.base_optimizer)
+            except BaseException:
+                self.param_groups.pop()
+                raise
+
+    # ---- steps ----
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimization step: the base's, from the clean weights; then the weights are perturbed for the next pass.
+
+        Args:
+            closure: zeroes the gradients, runs forward and backward and returns the loss, which is returned. It is
+                called once, at the perturbed weights. If it raises, they stay as they were.
+
+        With a GradScaler, call ``scaler.step(opt)`` in its place, without a closure. Where it skips the update, nothing
+        changes.
+
+        Raises:
+            RuntimeError: after :meth:`eval`; without a closure, after :meth:`load_state_dict`, if the gradients were
+                taken at the clean weights; if the weights were changed in place while they were perturbed.
+        """
+        self._check_not_borrowed("step()")
+        if not self._training:
+            raise RuntimeError("step() was called after eval(); call train() before the forward pass")
+        loss = None
+        if closure is not None:
+            if amp.through_scaler(self):
+                raise RuntimeError(
+                    "a closure came through GradScaler.step, which looks for overflows before it is called; "
+                    "call it yourself, then scaler.step(opt)"
+                )
+            self._perturb()
+            with torch.enable_grad():
+                loss = closure()
+        elif self._loaded and self._arithmetic.momenta():
+            raise RuntimeError(
+                "step() was called after load_state_dict(), with gradients of the clean weights; call train() before "
+                "the forward pass, or construct with model=..."
+            )
+        self._advance()
+        return loss
+
+    @_disable_dynamo
+    def _advance(self) -> None:
+        self._check_unchanged("step()")
+        grad_scale, found_inf = amp.given(self, self._device())
+        try:
+            self._versions = None
+            self._arithmetic.advance(grad_scale, found_inf)
+        finally:
+            self._moved()
+        self._versions = self._arithmetic.versions()
+        self._updated()
+
+    # ---- the clean weights and the perturbed ones ----
+
+    def eval(self) -> None:
+        """Give the clean weights back, bit for bit: to evaluate, to save or to change them."""
+        self._check_not_borrowed("eval()")
+        self._clean("eval()")
+        self._training = False
+
+    def train(self) -> None:
+        """Perturb the weights again, to the same bits; to be called before a forward pass for training."""
+        self._check_not_borrowed("train()")
+        self._training = True
+        self._perturb()
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def _clean(self, what: str) -> None:
+        if self.perturbed:
+            self._check_unchanged(what)
+            self._gather_again()
+            self._restore()
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def _perturb(self) -> None:
+        self._loaded = False
+        if self.perturbed:
+            return
+        direction = self._arithmetic.momenta()
+        if direction:
+            self._gather_again()
+            self._versions = None
+            self._arithmetic.perturb(self._arithmetic.measure(direction))
+            self._moved()
+            self._versions = self._arithmetic.versions()
+
+    def _gather_again(self) -> None:
+        """What FSDP2 holds of the other processes' weights is not theirs any more."""
+        for module in fsdp_modules(self.model) if self.model is not None else ():
+            module.reshard()
+
+    def _check_unchanged(self, what: str) -> None:
+        """Changes of the perturbed weights would be lost with the next step."""
+        if not self.perturbed or self._versions is None:
+            return
+        versions = self._arithmetic.versions()
+        if versions == self._versions:
+            return
+        at = next(i for i, (a, b) in enumerate(zip(versions, self._versions, strict=True)) if a != b)
+        changed = [p for params in self._arithmetic._perturbed() for p in params][at]
+        groups = self.param_groups
+        names = (name_of(groups, g, i) for g, group in enumerate(groups) for i in _places(changed, group["params"]))
+        raise RuntimeError(
+            f"{what}: {next(names, 'a parameter')} was changed in place while it was perturbed; change or load weights "
+            "between eval() and train(). restore() drops the change and gives the clean weights back"
+        )
+
+    # ---- saving and copying ----
+
+    def _check_not_perturbed(self, what: str) -> None:
+        if self.model is not None:  # whose state_dict() does the same, whichever comes first
+            self._clean(what)
+        super()._check_not_perturbed(what)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of the plain base optimizer, which leaves rho, adaptive and eta alone.
+
+        The clean weights are given back before; :meth:`train` perturbs them anew.
+        """
+        self._clean("load_state_dict()")
+        super().load_state_dict(state_dict)
+        self._loaded = True
+
+
+def _places(p: torch.Tensor, params: list[torch.Tensor]) -> list[int]:
+    return [i for i, q in enumerate(params) if q is p]
+
+
+class _Hooks:
+    """Shows those who use a module the weights that they need. A copy of the module has nothing to do with them."""
+
+    def __init__(self, opt: MSAM | None = None) -> None:
+        self.opt = opt
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hooks, ()
+
+    @_disable_dynamo
+    def before_forward(self, module: nn.Module, args: Any) -> None:
+        """Clean also in training mode where no gradients are wanted, as in torch.optim.swa_utils.update_bn."""
+        if self.opt is None:
+            return
+        if module.training and torch.is_grad_enabled():
+            self.opt.train()
+        else:
+            self.opt._clean("a forward pass")
+
+    def before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if self.opt is not None:
+            self.opt._clean("state_dict()")
+
+    def before_loading(self, module: nn.Module, *args: Any) -> None:
+        if self.opt is not None:
+            self.opt._clean("load_state_dict()")
+
+
+class FusedMSAM(MSAM):
+    r"""Momentum-SAM around a base optimizer: the effect of SAM with one forward and backward pass a step.
+
+    Implements Becker, Altrock and Risse, "Momentum-SAM: Sharpness Aware Minimization without Computational Overhead"
+    (https://arxiv.org/abs/2401.12033). From one step to the next, the weights stand at
+
+    .. math::
+        \tilde w_i = w_i - \rho_i\, T^2 m_i / (\|T m\|_2 + 10^{-12})
+
+    with the base's first moment m, and T = 1, or T = abs(w) + eta if ``adaptive``. The norm is taken over all groups
+    whose rho > 0; a group with rho = 0 stays at w. The base's update starts from the clean weights w, which are kept
+    exactly. Nothing is measured: there is no ``sharpness`` and no ``grad_norm``.
+
+    BatchNorm's running statistics come from the perturbed weights. Before evaluating or saving, take them anew at the
+    clean ones, with :func:`torch.optim.swa_utils.update_bn`.
+
+    Args:
+        params: as for :class:`FusedSAM`. Groups may have their own ``rho``, ``adaptive`` and ``eta``.
+        base: an optimizer class that keeps a first moment, ``exp_avg`` or ``momentum_buffer``: Adam, AdamW, SGD and
+            RMSprop with momentum by a native update, any other by its own ``step()``.
+        rho: radius, >= 0, in the units of the weights; about ten times that of SAM. It may change from step to step.
+        adaptive: as for ASAM, T = abs(w) + eta, element by element.
+        eta: ASAM's offset, >= 0.
+        model: the module that is trained. It then looks after the weights itself: a forward pass in eval mode or
+            without gradients, its ``state_dict()`` and its ``load_state_dict()`` see the clean ones, a forward pass for
+            training the perturbed ones. Without it, call :meth:`eval` and :meth:`train`.
+        base_kwargs: the base's own options, ``lr`` and the like.
+
+    Raises:
+        ImportError: if the extension is not built.
+        TypeError, ValueError: on arguments that are not as described, and for a base without a first moment, such as
+            SGD without momentum (where only the state can tell, :meth:`step` raises it, with the update done).
+
+    Example::
+
+        opt = FusedMSAM(model.parameters(), torch.optim.Adam, lr=1e-3, rho=0.5, model=model)
+
+        for x, y in batches:
+            opt.zero_grad()
+            loss_fn(model(x), y).backward()
+            opt.step()
+    """
+
+    arithmetic = Fused
+
+
+class ReferenceMSAM(MSAM):
+    """What :class:`FusedMSAM` computes, with the same arguments, in plain PyTorch: slow, and meant to be read."""
+
+    arithmetic = Reference

@@ -1,0 +1,618 @@
+"""The one-pass protocol: the clean weights and the perturbed ones, what may be called when, saving and copying."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from sam_fused import FusedMSAM, ReferenceMSAM
+from tests.helpers.cases import awkward, generator, set_grads
+from tests.helpers.sam import assert_untouched, snapshot
+
+both = pytest.mark.parametrize("cls", [FusedMSAM, ReferenceMSAM])
+BASES = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "adam": (torch.optim.Adam, {"lr": 0.01}),
+    "nadam": (torch.optim.NAdam, {"lr": 0.01}),  # composed
+}
+every_base = pytest.mark.parametrize("base", BASES)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(16, 5, generator=generator(step)), torch.arange(16, device=generator(0).device) % 3
+
+
+def backward(model: nn.Module, step: int) -> torch.Tensor:
+    x, y = batch(step)
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    return loss
+
+
+def train(model: nn.Module, opt: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        opt.zero_grad()
+        backward(model, step)
+        opt.step()
+
+
+def values(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(model: nn.Module, expected: list[torch.Tensor]) -> bool:
+    return all(torch.equal(p, w) for p, w in zip(model.parameters(), expected, strict=True))
+
+
+# ---- the clean weights ----
+
+
+@both
+@every_base
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_base_steps_from_the_clean_weights(cls, base, adaptive):
+    """torch.optim with the same gradients has the very weights that eval() gives, up to rounding."""
+    optimizer, options = BASES[base]
+    model, twin = network().double(), network().double()
+    opt = cls(model.parameters(), optimizer, rho=0.5, adaptive=adaptive, **options)
+    plain = optimizer(twin.parameters(), **options)
+    for step in range(6):
+        opt.zero_grad()
+        x, y = batch(step)
+        nn.functional.cross_entropy(model(x.double()), y).backward()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        opt.step()
+        plain.step()
+        opt.eval()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+        opt.train()
+        assert opt.perturbed
+    distance = sum((p - q).square().sum() for p, q in zip(model.parameters(), twin.parameters(), strict=True)).sqrt()
+    assert adaptive or distance.item() == pytest.approx(0.5)
+
+
+@both
+@every_base
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_eval_and_train_to_the_same_bits(cls, base, dtype):
+    optimizer, options = BASES[base]
+    params = awkward(dtype)
+    opt = cls(params, optimizer, rho=0.3, **{**options, "lr": 0.1})
+    for step in range(4):
+        set_grads(params, step)
+        opt.step()
+        perturbed = snapshot(params)
+        opt.eval()
+        assert not opt.perturbed
+        clean = snapshot(params)
+        assert any(not torch.equal(a, b) for (a, *_), (b, *_) in zip(clean, perturbed, strict=True))
+        opt.eval()
+        assert_untouched(params, clean)
+        opt.train()
+        assert_untouched(params, perturbed)
+        opt.train()
+        assert_untouched(params, perturbed)
+        opt.restore()
+        assert_untouched(params, clean)
+        opt.train()
+
+
+@both
+def test_rho_0_is_the_base(cls):
+    model, twin = network(), network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.0)
+    plain = cls(twin.parameters(), torch.optim.Adam, lr=0.01, rho=0.5)
+    for group in plain.param_groups:
+        group["rho"] = 0.0
+    for step in range(3):
+        for network_, o in ((model, opt), (twin, plain)):
+            o.zero_grad()
+            backward(network_, step)
+            o.step()
+            assert not o.perturbed
+    assert same(model, values(twin))
+
+
+@both
+def test_rho_may_change_from_step_to_step(cls):
+    """A warm-up from 0 and back: the distance from the clean weights is each step's own."""
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.0)
+    for step, rho in enumerate([0.0, 0.0, 0.1, 0.4, 0.4, 0.0, 0.2]):
+        opt.param_groups[0]["rho"] = rho
+        opt.zero_grad()
+        backward(model, step)
+        opt.step()
+        moved = values(model)
+        opt.eval()
+        distance = sum((p - w).square().sum() for p, w in zip(model.parameters(), moved, strict=True)).sqrt()
+        assert distance.item() == pytest.approx(rho, rel=1e-5)
+        opt.train()
+        assert same(model, moved)
+
+
+@both
+def test_groups_of_their_own_rho(cls):
+    model = network()
+    groups = [{"params": model[0].parameters(), "rho": 0.0}, {"params": model[3].parameters(), "rho": 0.5}]
+    opt = cls(groups, torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.1)
+    for step in range(3):
+        opt.zero_grad()
+        backward(model, step)
+        opt.step()
+        moved = values(model)
+        opt.eval()
+        assert torch.equal(model[0].weight, moved[0])
+        assert not torch.equal(model[3].weight, moved[4])
+        # a group that is not perturbed may be changed at any time
+        opt.train()
+        with torch.no_grad():
+            model[0].weight.mul_(0.5)
+
+
+@both
+def test_a_moment_that_is_not_finite_moves_nothing(cls):
+    p = nn.Parameter(torch.ones(3))
+    opt = cls([p], torch.optim.SGD, lr=0.0, momentum=0.9, rho=0.5)
+    p.grad = torch.tensor([1.0, torch.inf, 1.0])
+    for _ in range(2):
+        opt.step()
+        opt.eval()
+        clean = p.detach().clone()
+        opt.train()
+        assert torch.equal(p.nan_to_num(), clean.nan_to_num())
+
+
+# ---- closures ----
+
+
+@both
+def test_a_closure_is_called_once_at_the_perturbed_weights(cls):
+    model, twin = network(), network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    other = cls(twin.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    for step in range(4):
+        calls = []
+
+        def closure(step=step, calls=calls):
+            calls.append(opt.perturbed)
+            opt.zero_grad()
+            return backward(model, step)
+
+        loss = opt.step(closure)
+        other.zero_grad()
+        assert torch.equal(loss, backward(twin, step))
+        other.step()
+        assert calls == [step > 0]
+    assert same(model, values(twin))
+
+
+@both
+def test_a_closure_that_raises_changes_nothing(cls):
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    train(model, opt, range(3))
+    before = values(model)
+
+    def closure():
+        raise ArithmeticError("stop")
+
+    with pytest.raises(ArithmeticError, match="stop"):
+        opt.step(closure)
+    assert same(model, before)
+    opt.eval()
+    opt.train()
+    assert same(model, before)
+
+
+@both
+def test_a_base_that_fails_leaves_the_clean_weights(cls):
+    class Failing(torch.optim.NAdam):
+        fails = False
+
+        def step(self, closure=None):
+            if self.fails:
+                raise ArithmeticError("stop")
+            return super().step(closure)
+
+    model = network()
+    opt = cls(model.parameters(), Failing, lr=0.01, rho=0.3)
+    train(model, opt, range(3))
+    moved = values(model)
+    opt.eval()
+    clean = values(model)
+    opt.train()
+    opt.base_optimizer.fails = True
+    with pytest.raises(ArithmeticError, match="stop"):
+        train(model, opt, range(3, 4))
+    assert same(model, clean)
+    opt.train()
+    assert same(model, moved)
+
+
+# ---- what is not allowed ----
+
+
+@both
+def test_no_step_after_eval(cls):
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    train(model, opt, range(2))
+    opt.eval()
+    clean = values(model)
+    with pytest.raises(RuntimeError, match=r"step\(\) was called after eval\(\); call train\(\)"):
+        opt.step()
+    assert same(model, clean)
+
+
+@both
+@pytest.mark.parametrize(("base", "options"), [(torch.optim.SGD, {}), (torch.optim.RMSprop, {})])
+def test_a_native_base_without_a_moment_is_refused(cls, base, options):
+    with pytest.raises(ValueError, match=rf"base: {base.__name__} with momentum=0 keeps no first moment.*exp_avg"):
+        cls(network().parameters(), base, lr=0.1, rho=0.3, **options)
+    opt = cls(network().parameters(), base, lr=0.1, rho=0.0, **options)
+    with pytest.raises(ValueError, match="keeps no first moment"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2))], "rho": 0.1})
+    assert len(opt.param_groups) == 1
+
+
+@both
+def test_another_base_without_a_moment_is_refused_at_the_first_step(cls):
+    model, twin = network(), network()
+    opt = cls(model.parameters(), torch.optim.Rprop, lr=0.1, rho=0.3)
+    with pytest.raises(ValueError, match="base: Rprop keeps no first moment"):
+        train(model, opt, range(1))
+    train(twin, torch.optim.Rprop(twin.parameters(), lr=0.1), range(1))
+    assert same(model, values(twin))
+
+
+@both
+def test_weights_that_are_changed_while_they_are_perturbed(cls):
+    """They would be lost with the next step, so it is an error; restore() is the way out."""
+    model = network()
+    opt = cls([{"params": model.parameters(), "param_names": None}], torch.optim.Adam, lr=0.01, rho=0.3)
+    train(model, opt, range(3))
+    opt.eval()
+    clean = values(model)
+    opt.train()
+    with torch.no_grad():
+        model[3].weight.mul_(2)
+    for action in (opt.step, opt.eval):
+        with pytest.raises(RuntimeError, match=r"'params'\]\[4\] was changed in place while it was perturbed"):
+            action()
+    opt.restore()
+    assert same(model, clean)
+    with torch.no_grad():
+        model[3].weight.mul_(2)  # now they are the clean weights
+    changed = values(model)
+    opt.train()
+    opt.eval()
+    assert same(model, changed)
+
+
+@both
+def test_what_it_does_not_have(cls):
+    opt = cls(network().parameters(), torch.optim.Adam, rho=0.3)
+    for name in ("sharpness", "grad_norm", "first_step", "measure_sharpness"):
+        assert not hasattr(opt, name)
+    with pytest.raises(TypeError, match="rho"):
+        cls(network().parameters(), torch.optim.Adam)
+    with pytest.raises(ValueError, match="rho"):
+        cls(network().parameters(), torch.optim.Adam, rho=-1.0)
+
+
+# ---- model= ----
+
+
+@both
+def test_the_model_shows_the_weights_that_are_wanted(cls):
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
+    train(model, opt, range(3))
+    moved = values(model)
+    opt.restore()
+    clean = values(model)
+    model(batch(0)[0])
+    assert same(model, moved)
+    model.eval()
+    model(batch(0)[0])
+    assert same(model, clean)
+    model.train()
+    with torch.no_grad():  # torch.optim.swa_utils.update_bn
+        model(batch(0)[0])
+    assert same(model, clean)
+    model(batch(0)[0])
+    assert same(model, moved)
+    saved = model.state_dict()
+    assert same(model, clean)
+    assert torch.equal(saved["0.weight"], clean[0])
+    opt.step()  # of gradients that were taken before
+    opt.state_dict()
+    opt.eval()
+    model.load_state_dict({key: torch.zeros_like(value) for key, value in saved.items()})
+    model(batch(0)[0])
+    opt.eval()
+    assert same(model, [torch.zeros_like(w) for w in clean])
+
+
+@both
+def test_with_and_without_a_model_are_the_same_training(cls):
+    ends = []
+    for given in (False, True):
+        model = network()
+        opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model if given else None)
+        for step in range(6):
+            if not given:
+                opt.train()
+            opt.zero_grad()
+            backward(model, step)
+            opt.step()
+            if not given:
+                opt.eval()
+            model.eval()
+            model(batch(step)[0])
+            model.state_dict()
+            model.train()
+        opt.eval()
+        ends.append(values(model))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@both
+def test_a_copy_of_the_model_has_nothing_to_do_with_the_optimizer(cls):
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
+    train(model, opt, range(2))
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(saved, weights_only=False)):
+        before = values(model)
+        assert same(twin, before)
+        twin.eval()
+        twin(batch(0)[0])
+        assert opt.perturbed
+        assert same(twin, before)
+
+
+# ---- saving and copying ----
+
+
+@both
+def test_saving_is_refused_while_perturbed(cls):
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    train(model, opt, range(2))
+    actions = [opt.state_dict, lambda: pickle.dumps(opt), lambda: copy.copy(opt), lambda: copy.deepcopy(opt)]
+    for action in actions:
+        with pytest.raises(RuntimeError, match=r"while the weights are perturbed; call eval\(\) first"):
+            action()
+    opt.eval()
+    clean = values(model)
+    for action in actions:
+        action()
+    saved = opt.state_dict()
+    opt.train()
+    opt.load_state_dict(saved)  # whose moments are another perturbation's
+    assert same(model, clean)
+
+
+@both
+@every_base
+@pytest.mark.parametrize("given", [False, True], ids=["by hand", "model="])
+def test_resuming_is_bit_identical(cls, base, given):
+    optimizer, options = BASES[base]
+
+    def make():
+        model = network()
+        return model, cls(model.parameters(), optimizer, rho=0.3, model=model if given else None, **options)
+
+    model, opt = make()
+    train(model, opt, range(3))
+    if not given:
+        opt.eval()
+    saved = io.BytesIO()
+    torch.save({"opt": opt.state_dict(), "model": model.state_dict()}, saved)
+    if not given:
+        opt.train()
+    train(model, opt, range(3, 6))
+    opt.eval()
+
+    again, resumed = make()
+    saved.seek(0)
+    checkpoint = torch.load(saved, weights_only=True)
+    again.load_state_dict(checkpoint["model"])
+    resumed.load_state_dict(checkpoint["opt"])
+    if not given:
+        backward(again, 3)
+        with pytest.raises(RuntimeError, match=r"after load_state_dict\(\), with gradients of the clean weights"):
+            resumed.step()
+        again.load_state_dict(checkpoint["model"])  # BatchNorm's statistics have moved
+        resumed.train()
+    train(again, resumed, range(3, 6))
+    resumed.eval()
+    assert same(again, values(model))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key])
+
+
+@both
+def test_resuming_by_closures_is_bit_identical(cls):
+    def step(model, opt, i):
+        def closure():
+            opt.zero_grad()
+            return backward(model, i)
+
+        opt.step(closure)
+
+    model, twin = network(), network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    for i in range(3):
+        step(model, opt, i)
+    opt.eval()
+    other = cls(twin.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    twin.load_state_dict(copy.deepcopy(model.state_dict()))
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    opt.train()
+    for i in range(3, 6):
+        step(model, opt, i)
+        step(twin, other, i)
+    assert same(model, values(twin))
+
+
+@both
+@every_base
+def test_checkpoints_go_both_ways(cls, base):
+    optimizer, options = BASES[base]
+    model = network()
+    plain = optimizer(model.parameters(), **options)
+    train(model, plain, range(2))
+    opt = cls(model.parameters(), optimizer, rho=0.3, **options)
+    opt.load_state_dict(plain.state_dict())
+    assert opt.param_groups[0]["rho"] == 0.3
+    opt.train()
+    assert opt.perturbed
+    train(model, opt, range(2, 4))
+    opt.eval()
+    after = optimizer(model.parameters(), **options)
+    after.load_state_dict(opt.state_dict())
+    train(model, after, range(4, 5))
+
+
+@both
+def test_a_copy_trains_on_by_itself(cls):
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
+    train(model, opt, range(2))
+    twin = copy.deepcopy(opt)  # the model goes with it
+    saved = pickle.loads(pickle.dumps(opt))
+    for other in (twin, saved):
+        train(other.model, other, range(2, 4))
+    train(model, opt, range(2, 4))
+    for o in (opt, twin, saved):
+        o.eval()
+    assert same(twin.model, values(model))
+    assert same(saved.model, values(model))
+
+
+# ---- with what goes around it ----
+
+
+@both
+def test_accumulation_and_clipping(cls):
+    """Two halves of a batch are the whole of it; clipping by norm before the step clips what the base is given."""
+    model, twin = network().double(), network().double()
+    model[1].eval()
+    twin[1].eval()
+    opt = cls(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.3)
+    other = cls(twin.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.3)
+    for step in range(4):
+        x, y = batch(step)
+        opt.zero_grad()
+        for half in (slice(0, 8), slice(8, 16)):
+            (nn.functional.cross_entropy(model(x[half].double()), y[half]) / 2).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        opt.step()
+        other.zero_grad()
+        nn.functional.cross_entropy(twin(x.double()), y).backward()
+        assert norm > 0.1
+        for p in twin.parameters():
+            p.grad *= 0.1 / (norm + 1e-6)
+        other.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+
+
+@both
+@every_base
+@pytest.mark.parametrize("unscales", [False, True])
+def test_grad_scaler(cls, base, unscales):
+    """A power of two changes no bit; an overflow changes nothing, at the first step and later."""
+    optimizer, options = BASES[base]
+    model, twin = network(), network()
+    opt = cls(model.parameters(), optimizer, rho=0.3, **options)
+    other = cls(twin.parameters(), optimizer, rho=0.3, **options)
+    scaler = torch.amp.GradScaler(model[0].weight.device.type, init_scale=256.0)
+    for step in range(6):
+        before, state = values(model), copy.deepcopy(opt.base_optimizer.state_dict()["state"])
+        opt.zero_grad()
+        x, y = batch(step)
+        scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+        overflow = step in (0, 3)
+        if overflow:
+            model[3].bias.grad[0] = torch.inf
+        if unscales:
+            scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update(256.0)
+        if overflow:
+            assert same(model, before)
+            after = opt.base_optimizer.state_dict()["state"]
+            for key, entry in state.items():
+                assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(after[key][k])) for k, v in entry.items())
+            assert step == 0 or opt.perturbed
+            twin(x)  # whose BatchNorm has seen the batch too
+        else:
+            other.zero_grad()
+            backward(twin, step)
+            other.step()
+    assert same(model, values(twin))
+    opt.eval()
+    other.eval()
+    assert same(model, values(twin))
+
+
+@both
+def test_a_closure_through_grad_scaler_is_refused(cls):
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    scaler = torch.amp.GradScaler(model[0].weight.device.type)
+    scaler.scale(backward(model, 0))
+    with pytest.raises(RuntimeError, match=r"came through GradScaler\.step"):
+        scaler.step(opt, lambda: backward(model, 0))
+
+
+@both
+def test_autocast_around_a_whole_training_keeps_no_stale_weights(cls):
+    losses = []
+    for around in (False, True):
+        model = network()
+        opt = cls(model.parameters(), torch.optim.Adam, lr=0.05, rho=0.5)
+        device = model[0].weight.device.type
+
+        def forward(step, model=model, device=device):
+            with torch.autocast(device, torch.bfloat16):
+                return backward(model, step)
+
+        mine = []
+        with torch.autocast(device, torch.bfloat16, enabled=around):
+            for step in range(4):
+                opt.zero_grad()
+                mine.append(forward(step).item())
+                opt.step()
+        losses.append(mine)
+    assert losses[0] == losses[1]
+
+
+@both
+def test_a_scheduler_may_have_either(cls):
+    model = network()
+    opt = cls(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.3)
+    for holder in (opt, opt.base_optimizer):
+        scheduler = torch.optim.lr_scheduler.StepLR(holder, 1, 0.5)
+        train(model, opt, range(1))
+        lr = opt.param_groups[0]["lr"]
+        scheduler.step()
+        assert opt.param_groups[0]["lr"] == lr / 2
