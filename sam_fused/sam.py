@@ -19,6 +19,7 @@ from .around import Around
 from .batchnorm import FrozenStatistics
 from .distributed import any_replica, unsynchronized
 from .fused import Fused
+from .geometry import radii
 from .reference import Reference
 
 
@@ -63,9 +64,9 @@ class SAM(Around):
 
         Args:
             closure: zeroes the gradients, runs forward and backward and returns the loss. It is called twice, at the
-                weights and at the perturbed weights; the first loss is returned. After :meth:`first_step` it is called
-                once, for the second pass. If a call raises, the weights are what they were, bit for bit, and the
-                exception goes on.
+                weights and at the perturbed weights; the first loss is returned. It is called once after
+                :meth:`first_step`, for the second pass, and where every rho is 0, for the base's own step. If a call
+                raises, the weights are what they were, bit for bit, and the exception goes on.
 
         Without a closure: restores the weights if :meth:`first_step` has perturbed them, then updates them by the base
         optimizer with the present gradients. Without ``first_step`` before it, this is the base optimizer's own step;
@@ -92,15 +93,15 @@ class SAM(Around):
                 "a closure came through GradScaler.step, which looks for overflows before it is called; "
                 "construct with scaler=... and call step(closure) itself"
             )
-        second_only = self.perturbed
-        if not second_only:
+        one_pass = self.perturbed or not any(radii(self.param_groups))
+        if not one_pass:
             with torch.enable_grad(), nullcontext() if self.sync_perturbation else unsynchronized(self.model):
                 loss = closure()
         try:
-            if not second_only:
+            if not one_pass:
                 self.first_step()
             with torch.enable_grad():
-                second_loss = closure()
+                last_loss = closure()
             if self.scaler is None:
                 self._descend()
             else:
@@ -108,7 +109,7 @@ class SAM(Around):
         except BaseException:
             self.restore()
             raise
-        return second_loss if second_only else loss
+        return last_loss if one_pass else loss
 
     # torch.compile leaves these as they are, as it does torch.optim's own loading and adding of groups.
 

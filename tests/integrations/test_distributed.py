@@ -345,6 +345,22 @@ def test_what_dtensors_cannot_do_is_said(pair):
     pair(dtensor_errors)
 
 
+def no_ascent() -> None:
+    """The one pass of a rho of 0 is over the whole batch."""
+    model, alone = replicated(), uneven()
+    opt = FusedSAM(model.parameters(), torch.optim.Adam, model=model, rho=0.0, lr=OPTIONS["lr"])
+    expected = torch.optim.Adam(alone.parameters(), lr=OPTIONS["lr"])
+    for step in range(3):
+        take_step(opt, model, *shard(step, dist.get_rank()))
+        take_step(expected, alone, *batch(step))
+        assert_ranks_agree(model.parameters())
+        assert_same_weights(model, alone, 1e-10, f"step {step}")
+
+
+def test_ddp_without_an_ascent_is_the_base_on_the_whole_batch(pair):
+    pair(no_ascent)
+
+
 # ---- one pass ----
 
 

@@ -1,0 +1,47 @@
+"""SAM on normalisation layers alone (SAM-ON)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NAMES = re.compile(r"Norm(\dd)?$")  # of other libraries' classes: LlamaRMSNorm, T5LayerNorm, LayerNorm2d
+
+
+def norm_only(model: nn.Module, *, rho: float, **options: Any) -> list[dict[str, Any]]:
+    """Parameter groups in which SAM perturbs the weights and biases of normalisation layers, and nothing else.
+
+    After Mueller et al., "Normalization Layers Are All That Sharpness-Aware Minimization Needs"
+    (https://arxiv.org/abs/2306.04226). The base trains all parameters; those that are perturbed are about a thousandth
+    of them, so the backup takes next to no memory. The best rho is several times that of SAM on all parameters.
+
+    Args:
+        model: whose parameters are to be trained. Layers of other libraries count if their class is called ...Norm.
+        rho: of the normalisation layers.
+        options: of both groups, such as ``weight_decay``.
+
+    Returns:
+        Two groups for FusedSAM or FusedMSAM, with the parameters' names: the normalisation layers', then all others
+        with rho 0. Parameters that ask for no gradient are left out.
+
+    Raises:
+        ValueError: if no normalisation layer has parameters.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    layers = [m for m in model.modules() if isinstance(m, _LAYERS) or _NAMES.search(type(m).__name__)]
+    of_norms: set[Tensor] = {p for layer in layers for p in layer.parameters(recurse=False)}
+    if not any(p in of_norms for _, p in named):
+        raise ValueError("model: expected normalisation layers with parameters that ask for gradients, found none")
+    return [
+        {
+            "params": [(name, p) for name, p in named if (p in of_norms) is chosen],
+            "rho": rho if chosen else 0.0,
+            **options,
+        }
+        for chosen in (True, False)
+        if chosen or any(p not in of_norms for _, p in named)
+    ]

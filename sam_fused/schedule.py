@@ -1,0 +1,87 @@
+"""Schedules of rho: late SAM, SAM after a warm-up, SAM in some steps. Where every rho is 0, a step takes one pass."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from .around import Around
+
+
+class LambdaRho:
+    """Sets each group's rho to its initial value times a factor, as ``torch.optim.lr_scheduler.LambdaLR`` does for lr.
+
+    Args:
+        optimizer: FusedSAM, FusedMSAM or one of their references.
+        factor: from the number of calls of :meth:`step` so far, 0 at construction, to a number >= 0: :func:`late`,
+            :func:`warm_up`, :func:`at_random` or one of your own. Whether it counts batches or epochs is what the calls
+            of :meth:`step` say.
+
+    Example::
+
+        schedule = LambdaRho(opt, late(0.5 * epochs))  # SAM in the second half of the training
+        for epoch in range(epochs):
+            ...
+            schedule.step()
+    """
+
+    def __init__(self, optimizer: Around, factor: Callable[[int], float]) -> None:
+        if not isinstance(optimizer, Around):
+            raise TypeError(f"optimizer: expected one of sam_fused's, got {type(optimizer).__name__}")
+        if not callable(factor):
+            raise TypeError(f"factor: expected a function of the number of steps, got {factor!r}")
+        self.optimizer = optimizer
+        self.factor = factor
+        self.base_rhos = [float(group["rho"]) for group in optimizer.param_groups]
+        self.last_epoch = 0
+        self._set()
+
+    def _set(self) -> None:
+        groups = self.optimizer.param_groups
+        if len(groups) != len(self.base_rhos):
+            raise RuntimeError(
+                f"optimizer: expected the {len(self.base_rhos)} groups that it had, got {len(groups)}; construct the "
+                "schedule after the last add_param_group"
+            )
+        factor = float(self.factor(self.last_epoch))
+        for group, rho in zip(groups, self.base_rhos, strict=True):
+            group["rho"] = rho * factor
+
+    def step(self) -> None:
+        """Count up, and set the groups' rho."""
+        self.last_epoch += 1
+        self._set()
+
+    def get_last_rho(self) -> list[float]:
+        """rho of each group."""
+        return [group["rho"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` takes: the count and the initial values, not the factor."""
+        return {"last_epoch": self.last_epoch, "base_rhos": list(self.base_rhos)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there, and set the groups' rho; before or after the optimizer has loaded its own."""
+        self.last_epoch = int(state_dict["last_epoch"])
+        self.base_rhos = [float(rho) for rho in state_dict["base_rhos"]]
+        self._set()
+
+
+def late(start: float) -> Callable[[int], float]:
+    """No SAM before ``start``, all of it from then on (Zhou et al., https://arxiv.org/abs/2410.10373)."""
+    return lambda t: float(t >= start)
+
+
+def warm_up(steps: int) -> Callable[[int], float]:
+    """From 0 to the whole rho in ``steps``, along a line."""
+    if steps <= 0:
+        raise ValueError(f"steps: expected a number > 0, got {steps!r}")
+    return lambda t: min(1.0, t / steps)
+
+
+def at_random(share: float, seed: int = 0) -> Callable[[int], float]:
+    """SAM in a random ``share`` of the steps, which depends on ``seed`` and on the step's number alone."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"share: expected a number from 0 to 1, got {share!r}")
+    return lambda t: float(random.Random(f"{seed} {t}").random() < share)
