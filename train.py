@@ -2,6 +2,7 @@
 
     python train.py --data DIR --arch resnet18 --base adam --out runs/adam-sam            # Adam + SAM
     python train.py --data DIR --arch resnet18 --base adam --rho 0 --out runs/adam        # Adam, sharpness recorded
+    python train.py --data DIR --arch resnet18 --base adam --method msam --out runs/adam-msam    # Momentum-SAM
     python train.py --data DIR --arch resnet18 --base adam --out runs/adam-sam --resume   # go on after a kill
     python train.py --dataset digits --width 16 --epochs 5 --out runs/digits              # no download
     python train.py --report runs/adam runs/adam-sam                                      # side by side
@@ -38,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import sam_fused
-from sam_fused import FusedSAM
+from sam_fused import FusedMSAM, FusedSAM, LambdaRho, late, norm_only
 from sam_fused.fused import extension
 
 # ---- settings ----
@@ -64,16 +65,16 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def number(kind: type[int] | type[float], most: float = math.inf) -> Callable[[str], float]:
-    """What parses a finite number of this kind that is > 0 and <= most."""
+def number(kind: type[int] | type[float], most: float = math.inf, zero: bool = False) -> Callable[[str], float]:
+    """What parses a finite number of this kind that is > 0 (or with ``zero``, >= 0) and <= most."""
 
     def parsed(text: str) -> float:
         value = kind(text)
-        if not 0 < value < math.inf or value > most:
+        if not 0 <= value < math.inf or value > most or (value == 0 and not zero):
             raise argparse.ArgumentTypeError(f"expected a number {bounds}, got {text}")
         return value
 
-    bounds = "> 0" if most == math.inf else f"> 0 and <= {most}"
+    bounds = f">{'=' * zero} 0" + ("" if most == math.inf else f" and <= {most}")
     parsed.__name__ = kind.__name__  # which argparse names where kind() fails
     return parsed
 
@@ -95,18 +96,32 @@ class Settings:
     train_size: int | None = option(type=count, metavar="N", help="a seeded, class-balanced subset")
     eval_size: int | None = option(type=count, metavar="N", help="test on a fixed subset in all epochs but the last")
     holdout: int | None = option(type=count, metavar="N", help="test on N fixed training images, not trained on")
+    validate: int | None = option(type=count, metavar="N", help="measure also on N training images, not trained on")
+    label_noise: float = option(
+        0.0,
+        type=number(float, 1, zero=True),
+        metavar="P",
+        help="replace this part of the training and --validate labels",
+    )
 
-    arch: str = option("resnet18", choices=["resnet18", "vgg16"], group="network")
-    width: int = option(64, type=count, help="channels of the first stage (64 in the paper)")
+    augment: bool = option(True, action=argparse.BooleanOptionalAction, help="random crops; of CIFAR-10 also mirrored")
+
+    arch: str = option("resnet18", choices=["resnet18", "vgg16", "mlp"], group="network")
+    width: int = option(64, type=count, help="channels of the first stage (64 in the paper); of mlp, hidden units")
 
     recipe: str = option("paper-text", choices=sorted(RECIPES), group="optimizer")
     base: str = option("adam", choices=sorted(BASES))
-    rho: float = option(type=float, help="0: the plain base, sharpness recorded with the recipe's rho")
+    method: str = option("sam", choices=["sam", "msam"], help="msam: Momentum-SAM, in one pass a step")
+    rho: float = option(
+        type=number(float, zero=True), help="0: the plain base, sharpness recorded with the recipe's rho; msam: tenfold"
+    )
     measure_rho: float  # the rho that the sharpness is recorded with: rho, or where that is 0 the recipe's
     adaptive: bool = option(action=argparse.BooleanOptionalAction, help="ASAM")
     lr: float = option(type=number(float))
     weight_decay: float = option(type=float)
     label_smoothing: float = option(type=float)
+    norm_only: bool = option(False, action="store_true", help="perturb normalisation layers alone")
+    sam_from: float = option(0.0, type=number(float, 1, zero=True), metavar="F", help="no SAM before this part of it")
     sam_every: int = option(1, type=count, metavar="K", help="ascend in every K-th step only")
     ascent_fraction: float = option(1.0, type=number(float, 1), metavar="F", help="ascend from this part of the batch")
 
@@ -143,6 +158,8 @@ def settle(args: argparse.Namespace) -> Settings:
     """Fill in the recipe's values."""
     recipe = {k: v[args.base] if isinstance(v, dict) else v for k, v in RECIPES[args.recipe].items()}
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if f.metadata}
+    if args.method == "msam":  # whose best radius is about ten times SAM's
+        recipe["rho"] *= 10
     values |= {k: v for k, v in recipe.items() if values[k] is None}
     return Settings(**values, measure_rho=values["rho"] or recipe["rho"])
 
@@ -192,16 +209,26 @@ class DataError(Exception):
 
 @dataclass
 class Split:
-    """images: uint8 [n, 3, 32, 32]; labels: int64 [n]."""
+    """images: uint8 [n, 3, 32, 32]; labels: int64 [n]; which of them are wrong on purpose: bool [n], if any are."""
 
     images: Tensor
     labels: Tensor
+    wrong: Tensor | None = None
 
     def at(self, index: Any) -> Split:
         return Split(self.images[index], self.labels[index])
 
     def to(self, device: str) -> Split:
-        return Split(self.images.to(device), self.labels.to(device))
+        wrong = None if self.wrong is None else self.wrong.to(device)
+        return Split(self.images.to(device), self.labels.to(device), wrong)
+
+    def with_noise(self, share: float, generator: torch.Generator) -> Split:
+        """A random ``share`` of the labels replaced by one of the other classes."""
+        n = len(self.labels)
+        wrong = torch.zeros(n, dtype=torch.bool)
+        wrong[torch.randperm(n, generator=generator)[: round(share * n)]] = True
+        others = (self.labels + torch.randint(1, CLASSES, (n,), generator=generator)) % CLASSES
+        return Split(self.images, torch.where(wrong, others, self.labels), wrong)
 
 
 def load_folder(root: Path) -> tuple[Split, Split]:
@@ -286,13 +313,22 @@ def divide(split: Split, n: int, seed: int, flag: str) -> tuple[Split, Split]:
     return split.at(index), split.at(others)
 
 
-def load_data(s: Settings) -> tuple[Split, Split]:
+def load_data(s: Settings) -> dict[str, Split]:
+    """train and test, and with --validate val."""
     train, test = load_digits() if s.dataset == "digits" else load_cifar10(s.data)
     if s.holdout is not None:
         test, train = divide(train, s.holdout, 0, "--holdout")
+    splits = {"test": test}
+    if s.validate is not None:
+        splits["val"], train = divide(train, s.validate, s.seed, "--validate")
     if s.train_size is not None:
         train, _ = divide(train, s.train_size, s.seed, "--train-size")
-    return train.to(s.device), test.to(s.device)
+    splits["train"] = train
+    if s.label_noise:
+        generator = torch.Generator().manual_seed(s.seed)
+        for name in (name for name in ("train", "val") if name in splits):
+            splits[name] = splits[name].with_noise(s.label_noise, generator)
+    return {name: split.to(s.device) for name, split in splits.items()}
 
 
 def augment(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
@@ -321,8 +357,10 @@ class Normalize:
         return ((images.float() - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
 
 
-def batches(split: Split, size: int, generator: torch.Generator, flip: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of augmented batches in a random order; the last may be smaller.
+def batches(
+    split: Split, size: int, generator: torch.Generator, flip: bool, crop: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of batches in a random order, augmented if ``crop``; the last may be smaller.
 
     Each process gets its share of the very batches that one alone would get, so all draw the same random numbers.
     """
@@ -330,7 +368,8 @@ def batches(split: Split, size: int, generator: torch.Generator, flip: bool) -> 
     share = slice(rank(), None, world_size())
     for index in order.split(size):
         if len(index) >= world_size():
-            yield augment(split.images[index], generator, flip)[share], split.labels[index][share]
+            images = split.images[index]
+            yield (augment(images, generator, flip) if crop else images)[share], split.labels[index][share]
 
 
 # ---- networks: the CIFAR forms of the paper's code ----
@@ -366,28 +405,47 @@ def vgg16(width: int) -> nn.Module:
     return nn.Sequential(features, nn.Flatten(), *head)
 
 
-ARCHS = {"resnet18": resnet18, "vgg16": vgg16}
+def mlp(width: int) -> nn.Module:
+    """Two hidden layers."""
+    hidden = [nn.Linear(3 * 32 * 32, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, CLASSES))
 
 
-def build(s: Settings) -> tuple[nn.Module, FusedSAM, torch.optim.lr_scheduler.LRScheduler]:
-    """The network, its optimizer and the schedule; ``opt.model`` is what to call, the network or its replicas."""
+ARCHS = {"resnet18": resnet18, "vgg16": vgg16, "mlp": mlp}
+
+
+@dataclass
+class Parts:
+    """What is trained and by what; all but ``net`` goes into the checkpoint."""
+
+    model: nn.Module
+    optimizer: FusedSAM | FusedMSAM
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    rho_schedule: LambdaRho
+    scaler: torch.amp.GradScaler
+    net: nn.Module  # what to call: the model, or its replicas
+
+    def kept(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "net"}
+
+
+def build(s: Settings) -> Parts:
     model = ARCHS[s.arch](s.width).to(s.device).to(memory_format=torch.channels_last)
     if s.compile:
         model.compile()
+    net = DistributedDataParallel(model) if dist.is_initialized() else model
+    scaler = torch.amp.GradScaler(s.device.split(":")[0], enabled=s.amp == "fp16")
     options: dict[str, Any] = {"momentum": MOMENTUM} if s.base == "sgd" else {}
-    opt = FusedSAM(
-        model.parameters(),
-        BASES[s.base],
-        rho=s.measure_rho,
-        adaptive=s.adaptive,
-        model=DistributedDataParallel(model) if dist.is_initialized() else model,
-        scaler=torch.amp.GradScaler(s.device.split(":")[0], enabled=s.amp == "fp16"),
-        lr=s.lr,
-        weight_decay=s.weight_decay,
-        **options,
-    )
+    options |= {"rho": s.measure_rho, "adaptive": s.adaptive, "lr": s.lr, "weight_decay": s.weight_decay, "model": net}
+    params = norm_only(model, rho=s.measure_rho) if s.norm_only else model.parameters()
+    opt: FusedSAM | FusedMSAM
+    if s.method == "msam":
+        opt = FusedMSAM(params, BASES[s.base], **{**options, "rho": s.rho})
+    else:
+        opt = FusedSAM(params, BASES[s.base], scaler=scaler, **options)
     milestones = [math.ceil(f * s.epochs) for f in LR_MILESTONES]
-    return model, opt, torch.optim.lr_scheduler.MultiStepLR(opt, milestones, LR_DECAY)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(opt, milestones, LR_DECAY)
+    return Parts(model, opt, scheduler, LambdaRho(opt, late(s.sam_from * s.epochs)), scaler, net)
 
 
 # ---- one epoch ----
@@ -402,40 +460,43 @@ class Pass:
     size: int
 
 
-def train_step(s: Settings, opt: FusedSAM, x: Tensor, y: Tensor, index: int) -> list[Pass]:
-    """One step; returns its passes, the one at the unperturbed weights first."""
-    model, scaler = opt.model, opt.scaler
-    assert model is not None  # as built
-    assert scaler is not None
+def train_step(s: Settings, parts: Parts, x: Tensor, y: Tensor, index: int) -> list[Pass]:
+    """One step; returns its passes, SAM's at the unperturbed weights first."""
+    opt, scaler = parts.optimizer, parts.scaler
     done: list[Pass] = []
 
     def forward_backward(size: int) -> Tensor:
         opt.zero_grad()
         with torch.autocast(x.device.type, AMP[s.amp] if s.amp else None, enabled=s.amp is not None):
-            logits = model(x[:size])
+            logits = parts.net(x[:size])
             loss = F.cross_entropy(logits, y[:size], label_smoothing=s.label_smoothing)
         scaler.scale(loss).backward()
         done.append(Pass(loss.detach(), (logits.detach().argmax(1) == y[:size]).sum(), size))
         return loss
 
-    if s.rho == 0 or index % s.sam_every:
+    if isinstance(opt, FusedMSAM):
+        forward_backward(len(x))
+        scaler.step(opt)
+    elif s.rho == 0 or index % s.sam_every:
         forward_backward(len(x))
         opt.measure_sharpness()
         scaler.step(opt)
     else:
-        sizes = iter([max(1, round(s.ascent_fraction * len(x))), len(x)])
+        ascends = any(parts.rho_schedule.get_last_rho())
+        sizes = iter([max(1, round(s.ascent_fraction * len(x)))] * ascends + [len(x)])
         opt.step(lambda: forward_backward(next(sizes)))
     scaler.update()
     return done
 
 
 def train_epoch(
-    s: Settings, opt: FusedSAM, data: Iterator[tuple[Tensor, Tensor]], normalize: Normalize, bar: tqdm
+    s: Settings, parts: Parts, data: Iterator[tuple[Tensor, Tensor]], normalize: Normalize, bar: tqdm
 ) -> dict[str, float | None]:
+    opt = parts.optimizer if isinstance(parts.optimizer, FusedSAM) else None
     loss = correct = rise = torch.zeros((), device=s.device)
     seen = rises = 0
     for index, (x, y) in enumerate(data):
-        passes = train_step(s, opt, normalize(x), y, index)
+        passes = train_step(s, parts, normalize(x), y, index)
         first = passes[0]
         loss = loss + first.loss * first.size
         correct = correct + first.correct
@@ -447,9 +508,10 @@ def train_epoch(
             mean = loss.item() / seen
             if not math.isfinite(mean):
                 raise FloatingPointError(f"the training loss is {mean} at batch {index}")
-            bar.set_postfix(loss=f"{mean:.3f}", acc=f"{correct.item() / seen:.3f}", sharp=f"{opt.sharpness.item():.4f}")
+            bar.set_postfix(loss=f"{mean:.3f}", acc=f"{correct.item() / seen:.3f}")
         bar.update()
-    mine = [loss.item(), correct.item(), seen, opt.mean_sharpness().item(), rise.item(), rises]
+    mean_sharpness = opt.mean_sharpness().item() if opt else math.nan
+    mine = [loss.item(), correct.item(), seen, mean_sharpness, rise.item(), rises]
     sums = torch.tensor(mine, dtype=torch.float64, device=s.device)
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -463,14 +525,35 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, normalize: Normalize) -> dict[str, float]:
+def evaluate(model: nn.Module, split: Split, normalize: Normalize) -> tuple[float, Tensor]:
+    """The mean loss, and which images are taken for what their labels say: bool [n]."""
     model.eval()
-    loss = correct = 0.0
+    loss, right = 0.0, []
     for images, labels in zip(split.images.split(500), split.labels.split(500), strict=True):
         logits = model(normalize(images))
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        correct += (logits.argmax(1) == labels).sum().item()
-    return {"test_loss": loss / len(split.labels), "test_acc": correct / len(split.labels)}
+        right.append(logits.argmax(1) == labels)
+    return loss / len(split.labels), torch.cat(right)
+
+
+def measure(model: nn.Module, splits: dict[str, Split], normalize: Normalize) -> dict[str, float]:
+    """Loss and accuracy of test and val; of a training set with wrong labels, the accuracy on right and wrong ones."""
+    out: dict[str, float] = {}
+    for name in ("test", "val"):
+        if name in splits:
+            loss, right = evaluate(model, splits[name], normalize)
+            out |= {f"{name}_loss": loss, f"{name}_acc": right.float().mean().item()}
+    wrong = splits["train"].wrong
+    if wrong is not None:
+        _, right = evaluate(model, splits["train"], normalize)
+        of = {"clean_acc": right[~wrong], "memorised": right[wrong]}
+        out |= {name: mine.float().mean().item() for name, mine in of.items() if len(mine)}
+    return out
+
+
+def renew_statistics(model: nn.Module, split: Split, normalize: Normalize) -> None:
+    """BatchNorm's statistics, which Momentum-SAM takes at the perturbed weights, anew at the clean ones."""
+    torch.optim.swa_utils.update_bn((normalize(images) for images in split.images.split(500)), model)
 
 
 def finite(x: float) -> float | None:
@@ -558,16 +641,17 @@ def train(
     torch.set_num_threads(s.threads)
     out = Path(s.out)
     checkpoint = rank_0_first(lambda: open_run(s, resume))
-    train_split, test_split = rank_0_first(lambda: load_data(s))
+    splits = rank_0_first(lambda: load_data(s))
+    train_split, test_split = splits["train"], splits["test"]
     test_subset = test_split if s.eval_size is None else divide(test_split, s.eval_size, 0, "--eval-size")[0]
     normalize = Normalize(train_split.images)
     torch.manual_seed(s.seed)
     generator = torch.Generator(s.device).manual_seed(s.seed)
-    model, opt, scheduler = build(s)
-    kept: dict[str, Any] = {"model": model, "optimizer": opt, "scheduler": scheduler, "scaler": opt.scaler}
+    parts = build(s)
+    model, scheduler = parts.model, parts.scheduler
     metrics: list[dict[str, Any]] = []
     if checkpoint:
-        for name, holder in kept.items():
+        for name, holder in parts.kept().items():
             holder.load_state_dict(checkpoint[name])
         set_random_states(checkpoint["random"], generator)
         metrics = checkpoint["metrics"]
@@ -577,18 +661,22 @@ def train(
     steps = math.ceil(len(train_split.labels) / s.batch_size)
     for epoch in range(len(metrics) + 1, s.epochs + 1):
         start, lr = time.perf_counter(), scheduler.get_last_lr()[0]
-        data = batches(train_split, s.batch_size, generator, flip=s.dataset == "cifar10")
+        data = batches(train_split, s.batch_size, generator, flip=s.dataset == "cifar10", crop=s.augment)
         model.train()
         hidden = True if rank() else None  # None: where there is no terminal
         with tqdm(total=steps, desc=f"epoch {epoch}/{s.epochs}", leave=False, disable=hidden) as bar:
-            row = train_epoch(s, opt, data, normalize, bar)
+            row = train_epoch(s, parts, data, normalize, bar)
         scheduler.step()
+        parts.rho_schedule.step()
         metrics.append({"epoch": epoch, "lr": lr, **row})
         if rank():
             continue
-        metrics[-1] |= evaluate(model, test_split if epoch == s.epochs else test_subset, normalize)
+        last = epoch == s.epochs
+        if last and s.method == "msam":
+            renew_statistics(model, train_split, normalize)
+        metrics[-1] |= measure(model, {**splits, "test": test_split if last else test_subset}, normalize)
         metrics[-1]["seconds"] = time.perf_counter() - start
-        states = {name: holder.state_dict() for name, holder in kept.items()}
+        states = {name: holder.state_dict() for name, holder in parts.kept().items()}
         save(out / "checkpoint.pt", {**states, "random": random_states(generator), "metrics": metrics})
         if s.keep_every and epoch % s.keep_every == 0:
             save(out / f"weights-{epoch:04}.pt", states["model"])
@@ -611,31 +699,40 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-# What an epoch's line and the report show: the key in metrics.jsonl, the title and the format.
+# What an epoch's line and the report show, where it is measured: the key in metrics.jsonl, the title and the format.
 COLUMNS = {
     "train_loss": ("train loss", ".4f"),
     "train_acc": ("train acc", ".2%"),
     "test_loss": ("test loss", ".4f"),
     "test_acc": ("test acc", ".2%"),
+    "val_acc": ("val acc", ".2%"),
+    "clean_acc": ("clean acc", ".2%"),
+    "memorised": ("memorised", ".2%"),
     "sharpness": ("sharpness", ".4f"),
     "realised_sharpness": ("realised", ".4f"),
     "seconds": ("seconds", ".1f"),
 }
 
 
-def cells(m: dict[str, Any]) -> dict[str, str]:
+def cells(m: dict[str, Any], columns: list[str]) -> dict[str, str]:
     """By title."""
-    return {title: "-" if m[key] is None else format(m[key], form) for key, (title, form) in COLUMNS.items()}
+    shown = [(m.get(key), *COLUMNS[key]) for key in columns]
+    return {title: "-" if value is None else format(value, form) for value, title, form in shown}
+
+
+def measured(*rows: dict[str, Any]) -> list[str]:
+    """The columns that one of them has."""
+    return [key for key in COLUMNS if any(key in m for m in rows)]
 
 
 def line(m: dict[str, Any], epochs: int) -> str:
-    columns = "  ".join(f"{title} {cell:>6}" for title, cell in cells(m).items())
+    columns = "  ".join(f"{title} {cell:>6}" for title, cell in cells(m, measured(m)).items())
     return f"epoch {m['epoch']:3}/{epochs}  lr {m['lr']:<6.2g}  {columns}"
 
 
 def report(folders: list[str]) -> str:
     """A table of the last epoch of each run; the seconds are the mean of its epochs."""
-    rows = [("run", "optimizer", "epochs", *(title for title, _ in COLUMNS.values()))]
+    runs = []
     for folder in map(Path, folders):
         try:
             s = json.loads((folder / "config.json").read_text())["settings"]
@@ -643,8 +740,13 @@ def report(folders: list[str]) -> str:
         except OSError as error:
             raise RunError(f"--report: {folder} holds no run: {error}") from error
         last = {**epochs[-1], "seconds": sum(m["seconds"] for m in epochs) / len(epochs)}
-        sam = f" + {'ASAM' if s['adaptive'] else 'SAM'} {s['rho']:g}" if s["rho"] else ""
-        rows.append((folder.name, s["base"] + sam, f"{last['epoch']}/{s['epochs']}", *cells(last).values()))
+        runs.append((folder.name, s, last))
+    columns = measured(*(last for *_, last in runs))
+    rows = [("run", "optimizer", "epochs", *(COLUMNS[key][0] for key in columns))]
+    for name, s, last in runs:
+        kind = ("A" if s["adaptive"] else "") + s.get("method", "sam").upper()
+        sam = f" + {kind} {s['rho']:g}" if s["rho"] else ""
+        rows.append((name, s["base"] + sam, f"{last['epoch']}/{s['epochs']}", *cells(last, columns).values()))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, tuple("-" * width for width in widths))
     return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)

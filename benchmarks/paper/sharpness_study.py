@@ -52,7 +52,7 @@ def recipe_of(settings: dict[str, Any]) -> tuple[float, bool]:
 def batches_of(r: Result, args: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """``--images`` of the run's training images, in batches of its size; all batches are full."""
     s = dataclasses.replace(train.settle(train.parse([])), **{**r.settings, "data": args.data, "device": "cpu"})
-    split, _ = train.load_data(s)
+    split = train.load_data(s)["train"]
     normalize = train.Normalize(split.images)
     n = min(args.images, len(split.labels)) // s.batch_size * s.batch_size
     order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(0))[:n]

@@ -259,7 +259,7 @@ def sweep(args: argparse.Namespace) -> None:
 def seconds_of(s: train.Settings) -> tuple[float, float]:
     """Of a training step and of testing an image, measured on random images."""
     torch.set_num_threads(s.threads)
-    model, opt, _ = train.build(s)
+    parts = train.build(s)
     images = torch.randint(0, 256, (s.batch_size, 3, 32, 32), dtype=torch.uint8, device=s.device)
     labels = torch.randint(0, train.CLASSES, (s.batch_size,), device=s.device)
     normalize = train.Normalize(images)
@@ -273,8 +273,8 @@ def seconds_of(s: train.Settings) -> tuple[float, float]:
                 torch.cuda.synchronize()
         return (time.perf_counter() - start) / rounds
 
-    step = timed(lambda: train.train_step(s, opt, normalize(images), labels, 0))
-    test = timed(lambda: train.evaluate(model, train.Split(images, labels), normalize))
+    step = timed(lambda: train.train_step(s, parts, normalize(images), labels, 0))
+    test = timed(lambda: train.evaluate(parts.model, train.Split(images, labels), normalize))
     return step, test / s.batch_size
 
 

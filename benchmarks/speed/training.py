@@ -31,7 +31,7 @@ PASS = "forward + backward"
 def variants(arch: str, width: int) -> dict[str, Callable[[], object]]:
     """One training step of each optimizer, on the same network and batch; sam_every 2 does two steps."""
     flags = ["--arch", arch, "--width", str(width), "--base", "adam"]
-    model, _, _ = train.build(train.settle(train.parse(flags)))
+    model = train.build(train.settle(train.parse(flags)))
     model.train()
     x = torch.randn(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     y = torch.randint(0, 10, (BATCH,))
@@ -53,8 +53,11 @@ def variants(arch: str, width: int) -> dict[str, Callable[[], object]]:
     def ours(*more: str, steps: int = 1) -> Callable[[], object]:
         s = train.settle(train.parse([*flags, "--lr", "1e-6", *more]))
         off = torch.amp.GradScaler("cpu", enabled=False)
-        opt = train.FusedSAM(params, lr=s.lr, rho=s.measure_rho, model=model, scaler=off)
-        return lambda: [train.train_step(s, opt, x, y, i) for i in range(steps)]
+        kind = {"scaler": off} if s.method == "sam" else {}
+        cls = train.FusedSAM if s.method == "sam" else train.FusedMSAM
+        opt = cls(params, lr=s.lr, rho=s.measure_rho, **kind)
+        parts = train.Parts(model, opt, None, train.LambdaRho(opt, train.late(0)), off, model)
+        return lambda: [train.train_step(s, parts, x, y, i) for i in range(steps)]
 
     return {
         PASS: forward_backward,
@@ -62,6 +65,7 @@ def variants(arch: str, width: int) -> dict[str, Callable[[], object]]:
         "Adam, fused=True": plain(fused=True),
         **{n: rival(n) for n in RIVALS if n not in ("ReferenceSAM", "FusedSAM")},
         "FusedSAM": ours(),
+        "FusedMSAM": ours("--method", "msam"),
         "FusedSAM, --ascent-fraction 0.25": ours("--ascent-fraction", "0.25"),
         "FusedSAM, --sam-every 2": ours("--sam-every", "2", steps=2),
     }

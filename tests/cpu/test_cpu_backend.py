@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cpu.build import CSRC, FLAGS, SMALL, STREAMED, kernels
+from tests.cpu.build import FLAGS, SMALL, STREAMED, kernels
 from tests.helpers.entries import entries
+from tests.helpers.paths import CSRC
 from tests.helpers.place import on_the_cpu
 from tests.helpers.sources import FOUR_BASES, QUICK, QUICK_TYPES
 

@@ -76,6 +76,6 @@ def test_the_batches_are_the_runs_own_images(tmp_path):
     result = study.Result("run", {"settings": settings})
     batches = study.batches_of(result, argparse.Namespace(images=80, data=None))
     assert [x.shape for x, _ in batches] == [(30, 3, 32, 32)] * 2
-    train_split, _ = train.load_data(s)
+    train_split = train.load_data(s)["train"]
     normal = {x.numpy().tobytes() for x in train.Normalize(train_split.images)(train_split.images)}
     assert all(x.contiguous().numpy().tobytes() in normal for x in torch.cat([x for x, _ in batches]))

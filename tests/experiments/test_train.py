@@ -19,7 +19,7 @@ import train
 from sam_fused import FusedSAM
 
 SCRIPT = Path(train.__file__)
-TINY = ["--dataset", "digits", "--train-size", "120", "--width", "8", "--batch-size", "32", "--threads", "2"]
+TINY = ["--dataset", "digits", "--train-size", "120", "--width", "8", "--batch-size", "32", "--threads", "1"]
 
 
 def settings(*flags: str) -> train.Settings:
@@ -157,12 +157,51 @@ def test_a_held_out_part_takes_the_test_sets_place():
     held_out = []
     for seed in ("0", "1"):
         s = settings("--dataset", "digits", "--holdout", "100", "--train-size", "1000", "--seed", seed)
-        split, tested = train.load_data(s)
+        splits = train.load_data(s)
+        split, tested = splits["train"], splits["test"]
         assert (len(split.labels), len(tested.labels)) == (1000, 100)
         rows = {x.numpy().tobytes() for x in split.images}
         assert not any(x.numpy().tobytes() in rows for x in tested.images)
         held_out.append(tested.images)
     assert torch.equal(*held_out)
+
+
+def test_label_noise():
+    """In training and validation labels alone: a seeded part of them, each by another class."""
+    clean = train.load_data(settings("--dataset", "digits", "--validate", "200"))
+    splits = {
+        seed: train.load_data(
+            settings("--dataset", "digits", "--validate", "200", "--label-noise", "0.4", "--seed", seed)
+        )
+        for seed in ("0", "1")
+    }
+    assert torch.equal(splits["0"]["test"].labels, clean["test"].labels)
+    for name in ("train", "val"):
+        noisy, right = splits["0"][name], clean[name]
+        assert torch.equal(noisy.images, right.images)
+        assert torch.equal(noisy.wrong, noisy.labels != right.labels)
+        assert noisy.wrong.sum() == round(0.4 * len(noisy.labels))
+        counts = torch.bincount((noisy.labels - right.labels)[noisy.wrong] % 10, minlength=10)
+        assert counts[0] == 0
+        assert (counts[1:] > 0).all()
+    assert not torch.equal(splits["0"]["train"].wrong, splits["1"]["train"].wrong)
+    assert len(clean["train"].labels) + 200 == len(train.load_digits()[0].labels)
+
+
+def test_label_noise_is_the_same_in_every_process():
+    """Whatever the seed of Python's hashes."""
+    program = (
+        "import train; s = train.settle(train.parse('--dataset digits --validate 200 --label-noise 0.4'.split()))\n"
+        "print({k: v.labels.tolist() for k, v in sorted(train.load_data(s).items())})"
+    )
+    seen = set()
+    for seed in ("1", "2", "3"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(SCRIPT.parent)}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        seen.add(done.stdout)
+    assert len(seen) == 1
 
 
 def test_augmentation_is_torchvisions():
@@ -237,50 +276,75 @@ def test_networks_are_the_papers(arch, count):
 def one_step(*flags: str):
     s = settings(*TINY, *flags)
     torch.manual_seed(0)
-    model, opt, _ = train.build(s)
+    parts = train.build(s)
     calls = []
-    model.register_forward_hook(lambda m, a, out: calls.append((len(a[0]), opt.perturbed)))
+    parts.model.register_forward_hook(lambda m, a, out: calls.append((len(a[0]), parts.optimizer.perturbed)))
     x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
-    return s, opt, x, y, calls
+    return s, parts, x, y, calls
 
 
 def test_a_sam_step_and_a_base_step():
-    s, opt, x, y, calls = one_step("--sam-every", "2")
-    done = train.train_step(s, opt, x, y, 0)
+    s, parts, x, y, calls = one_step("--sam-every", "2")
+    done = train.train_step(s, parts, x, y, 0)
     assert calls == [(8, False), (8, True)]
     assert done[1].loss > done[0].loss
     calls.clear()
-    train.train_step(s, opt, x, y, 1)
+    train.train_step(s, parts, x, y, 1)
     assert calls == [(8, False)]
-    assert opt.mean_sharpness(reset=False) > 0
+    assert parts.optimizer.mean_sharpness(reset=False) > 0
 
 
 def test_ascent_fraction():
-    s, opt, x, y, calls = one_step("--ascent-fraction", "0.25")
-    done = train.train_step(s, opt, x, y, 0)
+    s, parts, x, y, calls = one_step("--ascent-fraction", "0.25")
+    done = train.train_step(s, parts, x, y, 0)
     assert calls == [(2, False), (8, True)]
     assert [p.size for p in done] == [2, 8]
-    assert not opt.perturbed
+    assert not parts.optimizer.perturbed
 
 
 def test_rho_0_is_the_plain_base():
-    s, opt, x, y, calls = one_step("--rho", "0")
-    twin = train.build(s)[0]
-    twin.load_state_dict(opt.model.state_dict())
+    s, parts, x, y, calls = one_step("--rho", "0")
+    twin = train.build(s).model
+    twin.load_state_dict(parts.model.state_dict())
     plain = torch.optim.Adam(twin.parameters(), lr=s.lr, weight_decay=s.weight_decay)
-    train.train_step(s, opt, x, y, 0)
+    train.train_step(s, parts, x, y, 0)
     torch.nn.functional.cross_entropy(twin(x), y).backward()
     norm = torch.stack([p.grad.double().norm() for p in twin.parameters()]).norm()
     plain.step()
     assert calls == [(8, False)]
-    assert opt.sharpness.item() == pytest.approx(0.05 * norm.item(), rel=1e-5)
-    for p, q in zip(opt.model.parameters(), twin.parameters(), strict=True):
+    assert parts.optimizer.sharpness.item() == pytest.approx(0.05 * norm.item(), rel=1e-5)
+    for p, q in zip(parts.model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+def test_one_pass_with_momentum_sam():
+    s, parts, x, y, calls = one_step("--method", "msam", "--base", "sgd")
+    assert s.rho == 0.5  # ten times the recipe's
+    for i in range(2):
+        assert len(train.train_step(s, parts, x, y, i)) == 1
+    assert calls == [(8, False), (8, True)]
+    parts.model.eval()
+    parts.model(x)
+    assert calls[-1] == (8, False)
+
+
+def test_sam_from_a_part_of_the_run():
+    s, parts, x, y, calls = one_step("--sam-from", "0.5", "--epochs", "4", "--ascent-fraction", "0.5")
+    for _ in range(4):
+        train.train_step(s, parts, x, y, 0)
+        parts.rho_schedule.step()
+    assert calls == [(8, False), (8, False), (4, False), (8, True), (4, False), (8, True)]
+
+
+def test_norm_only():
+    _, parts, *_ = one_step("--norm-only", "--rho", "0.3")
+    assert [group["rho"] for group in parts.optimizer.param_groups] == [0.3, 0.0]
+    assert sum(len(group["params"]) for group in parts.optimizer.param_groups) == 62
+
+
 def losses(*flags: str) -> list[float]:
-    s, opt, x, y, _ = one_step(*flags)
-    return [train.train_step(s, opt, x, y, i)[0].loss.item() for i in range(12)]
+    s, parts, x, y, _ = one_step(*flags)
+    return [train.train_step(s, parts, x, y, i)[0].loss.item() for i in range(12)]
 
 
 def test_amp():
@@ -289,8 +353,8 @@ def test_amp():
     assert bf16[0] == pytest.approx(plain[0], rel=0.02)
     assert fp16[0] == pytest.approx(plain[0], rel=0.005)
     assert bf16[-1] < 0.7 * bf16[0]
-    assert not train.build(settings(*TINY, "--amp", "bf16"))[1].scaler.is_enabled()
-    assert train.build(settings(*TINY, "--amp", "fp16"))[1].scaler.is_enabled()
+    assert not train.build(settings(*TINY, "--amp", "bf16")).scaler.is_enabled()
+    assert train.build(settings(*TINY, "--amp", "fp16")).scaler.is_enabled()
 
 
 # ---- runs ----
@@ -330,7 +394,8 @@ def torchrun(*args: str) -> list[str]:
 RUNS = {
     "sgd": (command, ["--base", "sgd"]),
     "adam": (command, ["--base", "adam"]),
-    "fp16": (command, ["--amp", "fp16"]),
+    "fp16": (command, ["--amp", "fp16", "--train-size", "60"]),
+    "msam": (command, ["--method", "msam", "--sam-from", "0.5", "--label-noise", "0.2", "--validate", "50"]),
     "two processes": (lambda *args: torchrun(*command(*args)[1:]), ["--threads", "1"]),
 }
 
@@ -415,6 +480,53 @@ def test_the_test_set_is_small_but_in_the_last_epoch(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["sam", "msam"])
+def test_what_is_measured_of_wrong_labels(method, tmp_path, capsys):
+    """Learned by heart by a network that is trained long enough on few images."""
+    out = tmp_path / "run"
+    flags = [
+        "--arch",
+        "mlp",
+        "--width",
+        "64",
+        "--validate",
+        "100",
+        "--label-noise",
+        "0.3",
+        "--epochs",
+        "60",
+        "--no-augment",
+    ]
+    assert train.main([*TINY, *flags, "--method", method, "--rho", "0.001", "--out", str(out)]) == 0
+    rows = metrics(out)
+    assert rows[0]["memorised"] < 0.3
+    assert rows[-1]["memorised"] > 0.6
+    assert rows[-1]["clean_acc"] > 0.9
+    assert (rows[-1]["sharpness"] is None) == (method == "msam")
+    assert {"val_loss", "val_acc"} <= set(rows[0])
+    capsys.readouterr()
+    assert train.main(["--report", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert f"adam + {method.upper()} 0.001" in printed
+    assert "memorised" in printed
+
+
+@pytest.mark.slow
+def test_momentum_sam_ends_with_the_statistics_of_the_clean_weights(tmp_path):
+    out = tmp_path / "run"
+    flags = [*TINY, "--method", "msam", "--rho", "2", "--epochs", "2", "--out", str(out)]
+    assert train.main(flags) == 0
+    s = settings(*flags)
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    model = train.build(s).model
+    model.load_state_dict(checkpoint["model"])
+    images = train.load_data(s)["train"].images
+    torch.optim.swa_utils.update_bn([train.Normalize(images)(images)], model)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, checkpoint["model"][key], msg=key)
+
+
+@pytest.mark.slow
 def test_the_config_holds_no_paths(tmp_path):
     assert train.main([*TINY, "--epochs", "1", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]) == 0
     assert str(tmp_path) not in (tmp_path / "run" / "config.json").read_text()
@@ -427,4 +539,4 @@ def test_a_run_that_diverges_says_so(tmp_path, capsys):
 
 
 def test_train_py_uses_the_fused_optimizer():
-    assert isinstance(train.build(settings(*TINY))[1], FusedSAM)
+    assert isinstance(train.build(settings(*TINY)).optimizer, FusedSAM)

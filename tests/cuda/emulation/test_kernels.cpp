@@ -323,6 +323,7 @@ int main(int argc, char** argv) {
   try {
     if (argc > 1) {
       run({2 * c + 9, 1, 0, 5}, {kFloat, kHalf}, 2, 0, false);
+      run({c + 1, 17}, {kFloat, kHalf}, 1, 1, true);
       return failed;
     }
     for (const DType dtype : {kFloat, kDouble, kBFloat16, kHalf}) {
