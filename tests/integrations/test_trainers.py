@@ -480,3 +480,32 @@ def test_accelerate_resumes_in_one_pass(accelerator, tmp_path):
         accelerator.free_memory()
     for model in ends:
         assert_same(accelerator.unwrap_model(model), plain_one_pass_loop())
+
+
+# ---- timm ----
+
+
+def test_timms_scaler_in_one_pass():
+    """Backward, unscaling, clipping and the step in one call, as timm's train.py makes it."""
+    from timm.utils import NativeScaler
+
+    ends = []
+    for theirs in (False, True):
+        model = perceptron(3)
+        opt, _ = make_one_pass(model)
+        scaler = NativeScaler(device="cpu")
+        plain = torch.amp.GradScaler("cpu")
+        for x, y in list(LOADER) * EPOCHS:
+            opt.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = cross_entropy(model(x), y)
+            if theirs:
+                scaler(loss, opt, clip_grad=0.5, parameters=model.parameters())
+                continue
+            plain.scale(loss).backward()
+            plain.unscale_(opt)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            plain.step(opt)
+            plain.update()
+        ends.append(model.state_dict())
+    assert_same(model, ends[0])
