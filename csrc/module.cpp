@@ -149,16 +149,16 @@ std::vector<uint32_t> versions(const py::list& lists) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "sam_fused's compiled part. Importing it registers torch.ops.sam_fused, whose operators it has too.";
   const auto none = [](const char* name) { return py::arg(name) = py::none(); };
-  define<sam::grad_sq_norm>(m, "grad_sq_norm", "params"_a, "grads"_a, "ascent"_a, "group_sizes"_a);
+  define<sam::grad_sq_norm>(m, "grad_sq_norm", "params"_a, "grads"_a, "ascent"_a, "run_sizes"_a);
   define<sam::sharpness_>(m, "sharpness_", "sq_norms"_a, "ascent"_a, none("total"), none("grad_scale"));
-  define<sam::perturb_>(m, "perturb_", "params"_a, "grads"_a, "backups"_a, "grad_norm"_a, "ascent"_a, "group_sizes"_a);
+  define<sam::perturb_>(m, "perturb_", "params"_a, "grads"_a, "backups"_a, "grad_norm"_a, "ascent"_a, "run_sizes"_a);
   define<sam::perturb_from_>(m, "perturb_from_", "params"_a, "directions"_a, "saved"_a, "norm"_a, "ascent"_a,
-                             "group_sizes"_a);
+                             "run_sizes"_a);
   define<sam::restore_>(m, "restore_", "params"_a, "backups"_a);
   define<sam::restore_step_>(m, "restore_step_", "base"_a, "params"_a, "grads"_a, "backups"_a, "state"_a, "steps"_a,
-                             "hyper"_a, "group_sizes"_a, none("lr"), none("grad_scale"), none("found_inf"));
+                             "hyper"_a, "run_sizes"_a, none("lr"), none("grad_scale"), none("found_inf"));
   define<sam::step_along_>(m, "step_along_", "base"_a, "params"_a, "grads"_a, "state"_a, "steps"_a, "hyper"_a,
-                           "ascent"_a, "moment"_a, "group_sizes"_a, none("lr"), none("grad_scale"), none("found_inf"));
+                           "ascent"_a, "moment"_a, "run_sizes"_a, none("lr"), none("grad_scale"), none("found_inf"));
   m.def("gather", torch::wrap_pybind_function(gather));
   m.def("contents", contents);
   m.def("versions", torch::wrap_pybind_function(versions));

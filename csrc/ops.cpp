@@ -144,18 +144,18 @@ void bump_versions(const Refs& tensors) {
 // parameter is copied in, and back by write().
 class Rows {
  public:
-  Rows(const Refs& params, Sizes group_sizes) : params_(params) {
+  Rows(const Refs& params, Sizes run_sizes) : params_(params) {
     TORCH_CHECK(!params.empty(), "params: expected at least one tensor");
     int64_t n = 0;
-    for (int64_t size : group_sizes) n += size;
-    TORCH_CHECK(n == static_cast<int64_t>(params.size()), "group_sizes: expected to add up to the ", params.size(),
+    for (int64_t size : run_sizes) n += size;
+    TORCH_CHECK(n == static_cast<int64_t>(params.size()), "run_sizes: expected to add up to the ", params.size(),
                 " tensors of params, got ", n);
     table_.reserve(params.size());
     dense_.reserve(params.size());
     const at::Device device = params[0]->device();
     size_t i = 0;
-    for (size_t g = 0; g < group_sizes.size(); ++g)
-      for (int64_t k = 0; k < group_sizes[g]; ++k, ++i) {
+    for (size_t g = 0; g < run_sizes.size(); ++g)
+      for (int64_t k = 0; k < run_sizes[g]; ++k, ++i) {
         const Tensor& p = *params[i];
         check_memory(p, "params", i);
         TORCH_CHECK(p.device() == device, "params[", i, "]: expected device ", device, ", as params[0] has, got ",
@@ -272,10 +272,10 @@ int find_base(std::string_view name) {
 
 // ---- operators ----
 
-Tensor grad_sq_norm(const Hook&, const Refs& params, const Refs& grads, const Tensor& ascent, Sizes group_sizes) {
-  Rows rows(params, group_sizes);
+Tensor grad_sq_norm(const Hook&, const Refs& params, const Refs& grads, const Tensor& ascent, Sizes run_sizes) {
+  Rows rows(params, run_sizes);
   rows.grads(grads, "grads");
-  const int64_t n = static_cast<int64_t>(group_sizes.size());
+  const int64_t n = static_cast<int64_t>(run_sizes.size());
   const Ascent* groups = check_ascent(ascent, n);
   Tensor out = at::empty({n}, params[0]->options().dtype(at::kDouble).requires_grad(false));
   const Target on(*params[0]);
@@ -298,11 +298,11 @@ Tensor sharpness_(const Hook&, const Tensor& sq_norms, const Tensor& ascent, con
 }
 
 void perturb_(const Hook& begin, const Refs& params, const Refs& grads, const Refs& backups, const Tensor& grad_norm,
-              const Tensor& ascent, Sizes group_sizes) {
-  Rows rows(params, group_sizes);
+              const Tensor& ascent, Sizes run_sizes) {
+  Rows rows(params, run_sizes);
   rows.grads(grads, "grads");
   rows.backups(backups);
-  const Ascent* groups = check_ascent(ascent, static_cast<int64_t>(group_sizes.size()));
+  const Ascent* groups = check_ascent(ascent, static_cast<int64_t>(run_sizes.size()));
   const double* norm = check_doubles(grad_norm, "grad_norm", 1, params[0]->device());
   const Target on(*params[0]);
   if (begin) begin();
@@ -311,11 +311,11 @@ void perturb_(const Hook& begin, const Refs& params, const Refs& grads, const Re
 }
 
 void perturb_from_(const Hook&, const Refs& params, const Refs& directions, const Refs& saved, const Tensor& norm,
-                   const Tensor& ascent, Sizes group_sizes) {
-  Rows rows(params, group_sizes);
+                   const Tensor& ascent, Sizes run_sizes) {
+  Rows rows(params, run_sizes);
   rows.grads(directions, "directions");
   rows.saved(saved, "saved");
-  const Ascent* groups = check_ascent(ascent, static_cast<int64_t>(group_sizes.size()));
+  const Ascent* groups = check_ascent(ascent, static_cast<int64_t>(run_sizes.size()));
   const double* value = check_doubles(norm, "norm", 1, params[0]->device());
   const Target on(*params[0]);
   rows.write([&](const Table& t) { on.backend.perturb(on.queue, t, groups, value, /*saved=*/true); });
@@ -331,10 +331,10 @@ void restore_(const Hook&, const Refs& params, const Refs& backups) {
 namespace {
 
 void update(Rows& rows, std::string_view base, const Refs& params, const Refs& state, const Refs& steps,
-            const Tensor& hyper, Sizes group_sizes, const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf,
+            const Tensor& hyper, Sizes run_sizes, const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf,
             const Along* along) {
   const int index = find_base(base);
-  const int64_t n_groups = static_cast<int64_t>(group_sizes.size());
+  const int64_t n_groups = static_cast<int64_t>(run_sizes.size());
   const double* values = nullptr;
   with_base(index, [&](auto b) {
     rows.state(state, b.states);
@@ -359,23 +359,23 @@ void update(Rows& rows, std::string_view base, const Refs& params, const Refs& s
 
 void restore_step_(const Hook& done, std::string_view base, const Refs& params, const Refs& grads,
                    const OptionalRefs& backups, const Refs& state, const Refs& steps, const Tensor& hyper,
-                   Sizes group_sizes, const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf) {
-  Rows rows(params, group_sizes);
+                   Sizes run_sizes, const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf) {
+  Rows rows(params, run_sizes);
   rows.grads(grads, "grads");
   rows.saved(backups, "backups");
-  update(rows, base, params, state, steps, hyper, group_sizes, lr, grad_scale, found_inf, nullptr);
+  update(rows, base, params, state, steps, hyper, run_sizes, lr, grad_scale, found_inf, nullptr);
   if (done) done();
 }
 
 Tensor step_along_(const Hook& done, std::string_view base, const Refs& params, const Refs& grads, const Refs& state,
-                   const Refs& steps, const Tensor& hyper, const Tensor& ascent, int64_t moment, Sizes group_sizes,
+                   const Refs& steps, const Tensor& hyper, const Tensor& ascent, int64_t moment, Sizes run_sizes,
                    const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf) {
-  Rows rows(params, group_sizes);
+  Rows rows(params, run_sizes);
   rows.grads(grads, "grads");
-  const int64_t n = static_cast<int64_t>(group_sizes.size());
+  const int64_t n = static_cast<int64_t>(run_sizes.size());
   Tensor out = at::empty({n}, params[0]->options().dtype(at::kDouble).requires_grad(false));
   const Along along{static_cast<int>(moment), check_ascent(ascent, n), n, out.data_ptr<double>()};
-  update(rows, base, params, state, steps, hyper, group_sizes, lr, grad_scale, found_inf, &along);
+  update(rows, base, params, state, steps, hyper, run_sizes, lr, grad_scale, found_inf, &along);
   if (done) done();
   return out;
 }
@@ -420,26 +420,26 @@ struct Argument<Ops, const OptionalRefs&> {
   };
 };
 
-// Lists hold one tensor for each of params; group_sizes cuts params into groups, whose values are the rows of
+// Lists hold one tensor for each of params; run_sizes cuts params into groups, whose values are the rows of
 // `ascent` or `hyper` (ops.h).
 TORCH_LIBRARY(sam_fused, m) {
   m.set_python_module("sam_fused.fakes");  // where the kernels for tracing are
-  m.def("grad_sq_norm(Tensor[] params, Tensor[] grads, Tensor ascent, int[] group_sizes) -> Tensor");
+  m.def("grad_sq_norm(Tensor[] params, Tensor[] grads, Tensor ascent, int[] run_sizes) -> Tensor");
   m.def("sharpness_(Tensor sq_norms, Tensor ascent, Tensor(a!)? total=None, Tensor? grad_scale=None) -> Tensor");
   m.def(
       "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backups, Tensor grad_norm, Tensor ascent, "
-      "int[] group_sizes) -> ()");
+      "int[] run_sizes) -> ()");
   m.def(
       "perturb_from_(Tensor(a!)[] params, Tensor[] directions, Tensor[] saved, Tensor norm, Tensor ascent, "
-      "int[] group_sizes) -> ()");
+      "int[] run_sizes) -> ()");
   m.def("restore_(Tensor(a!)[] params, Tensor[] backups) -> ()");
   m.def(
       "restore_step_(str base, Tensor(a!)[] params, Tensor[] grads, Tensor?[] backups, Tensor(b!)[] state, "
-      "Tensor(c!)[] steps, Tensor hyper, int[] group_sizes, Tensor? lr=None, Tensor? grad_scale=None, "
+      "Tensor(c!)[] steps, Tensor hyper, int[] run_sizes, Tensor? lr=None, Tensor? grad_scale=None, "
       "Tensor? found_inf=None) -> ()");
   m.def(
       "step_along_(str base, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] steps, "
-      "Tensor hyper, Tensor ascent, int moment, int[] group_sizes, Tensor? lr=None, Tensor? grad_scale=None, "
+      "Tensor hyper, Tensor ascent, int moment, int[] run_sizes, Tensor? lr=None, Tensor? grad_scale=None, "
       "Tensor? found_inf=None) -> Tensor");
 }
 

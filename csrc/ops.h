@@ -24,7 +24,7 @@ using Hook = std::function<void()>;
 
 // Squared norms ||T g||^2 of the groups, float64 [groups]. `ascent` is float64 [groups, 3]: rho, eta, adaptive.
 at::Tensor grad_sq_norm(const Hook&, const Refs& params, const Refs& grads, const at::Tensor& ascent,
-                        Sizes group_sizes);
+                        Sizes run_sizes);
 
 // {grad_norm, sharpness, norm}, float64 [3]: the first two divided by `grad_scale` (float32, one element) if it is
 // given, the last of the gradients as they are. A finite sharpness is added to `total`, float64 {sum, count}, if that
@@ -35,11 +35,11 @@ at::Tensor sharpness_(const Hook&, const at::Tensor& sq_norms, const at::Tensor&
 // Saves params to backups and adds rho T^2 g / grad_norm; only saves them where grad_norm is not finite. The hook comes
 // after the last check and before anything moves.
 void perturb_(const Hook& begin, const Refs& params, const Refs& grads, const Refs& backups,
-              const at::Tensor& grad_norm, const at::Tensor& ascent, Sizes group_sizes);
+              const at::Tensor& grad_norm, const at::Tensor& ascent, Sizes run_sizes);
 
 // Writes saved + rho T^2 direction / norm to params, with T of what is saved; `saved` itself where norm is not finite.
 void perturb_from_(const Hook&, const Refs& params, const Refs& directions, const Refs& saved, const at::Tensor& norm,
-                   const at::Tensor& ascent, Sizes group_sizes);
+                   const at::Tensor& ascent, Sizes run_sizes);
 
 // Copies backups to params.
 void restore_(const Hook&, const Refs& params, const Refs& backups);
@@ -51,13 +51,13 @@ void restore_(const Hook&, const Refs& params, const Refs& backups);
 // restored and nothing else happens (float32, one element each, on the device). The hook comes when all is done.
 void restore_step_(const Hook& done, std::string_view base, const Refs& params, const Refs& grads,
                    const OptionalRefs& backups, const Refs& state, const Refs& steps, const at::Tensor& hyper,
-                   Sizes group_sizes, const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf);
+                   Sizes run_sizes, const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf);
 
 // The same step of params themselves. Returns the squared norms ||T m||^2 of the groups as grad_sq_norm does, m the
 // list of `state` with the number `moment` after the step, T of the parameters after it.
 at::Tensor step_along_(const Hook& done, std::string_view base, const Refs& params, const Refs& grads,
                        const Refs& state, const Refs& steps, const at::Tensor& hyper, const at::Tensor& ascent,
-                       int64_t moment, Sizes group_sizes, const Scalar& lr, const Scalar& grad_scale,
+                       int64_t moment, Sizes run_sizes, const Scalar& lr, const Scalar& grad_scale,
                        const Scalar& found_inf);
 
 }  // namespace sam

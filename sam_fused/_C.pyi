@@ -1,6 +1,6 @@
 """The extension. Importing it registers torch.ops.sam_fused, whose operators it has too: csrc/ops.h says what they do.
 
-They change the tensors of ``params``, ``backups``, ``state`` and ``steps``, and ``total``, in place. ``group_sizes``
+They change the tensors of ``params``, ``backups``, ``state`` and ``steps``, and ``total``, in place. ``run_sizes``
 says how many of ``params``, one after the other, belong to each row of ``ascent`` (rho, eta, adaptive) or ``hyper``,
 which are float64 on the CPU. ``hook`` is called at the moment that csrc/ops.h says.
 """
@@ -15,7 +15,7 @@ _Hook = Callable[[], object] | None
 has_cuda: bool
 
 def grad_sq_norm(
-    params: list[Tensor], grads: list[Tensor], ascent: Tensor, group_sizes: list[int], hook: _Hook = None
+    params: list[Tensor], grads: list[Tensor], ascent: Tensor, run_sizes: list[int], hook: _Hook = None
 ) -> Tensor: ...
 def sharpness_(
     sq_norms: Tensor, ascent: Tensor, total: Tensor | None = None, grad_scale: Tensor | None = None, hook: _Hook = None
@@ -26,7 +26,7 @@ def perturb_(
     backups: list[Tensor],
     grad_norm: Tensor,
     ascent: Tensor,
-    group_sizes: list[int],
+    run_sizes: list[int],
     hook: _Hook = None,
 ) -> None: ...
 def perturb_from_(
@@ -35,7 +35,7 @@ def perturb_from_(
     saved: list[Tensor],
     norm: Tensor,
     ascent: Tensor,
-    group_sizes: list[int],
+    run_sizes: list[int],
     hook: _Hook = None,
 ) -> None: ...
 def restore_(params: list[Tensor], backups: list[Tensor], hook: _Hook = None) -> None: ...
@@ -47,7 +47,7 @@ def restore_step_(
     state: list[Tensor],
     steps: list[Tensor],
     hyper: Tensor,
-    group_sizes: list[int],
+    run_sizes: list[int],
     lr: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -62,7 +62,7 @@ def step_along_(
     hyper: Tensor,
     ascent: Tensor,
     moment: int,
-    group_sizes: list[int],
+    run_sizes: list[int],
     lr: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,

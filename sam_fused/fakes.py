@@ -15,8 +15,8 @@ from torch.library import register_fake
 from . import _C  # noqa: F401  (which defines the operators)
 
 
-def _grad_sq_norm(params: list[Tensor], grads: list[Tensor], ascent: Tensor, group_sizes: list[int]) -> Tensor:
-    return params[0].new_empty(len(group_sizes), dtype=torch.float64)
+def _grad_sq_norm(params: list[Tensor], grads: list[Tensor], ascent: Tensor, run_sizes: list[int]) -> Tensor:
+    return params[0].new_empty(len(run_sizes), dtype=torch.float64)
 
 
 def _sharpness_(
@@ -34,12 +34,12 @@ def _step_along_(
     hyper: Tensor,
     ascent: Tensor,
     moment: int,
-    group_sizes: list[int],
+    run_sizes: list[int],
     lr: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> Tensor:
-    return _grad_sq_norm(params, grads, ascent, group_sizes)
+    return _grad_sq_norm(params, grads, ascent, run_sizes)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -15,14 +15,14 @@ from pytest_benchmark.stats import Stats
 import train
 
 
-def interleaved(
+def rounds_of(
     calls: dict[str, Callable[[], object]], seconds: float, rounds: tuple[int, int], warm_up: int = 2
-) -> dict[str, Stats]:
-    """Time each call once a round: at least and at most ``rounds`` rounds, and none begins after ``seconds``.
+) -> dict[str, list[float]]:
+    """The seconds of each call, made once a round: at least and at most ``rounds``, and none begins after ``seconds``.
 
     Every round has an order of its own: what a call leaves in the caches then meets all the others alike.
     """
-    stats = {name: Stats() for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
     shuffle = random.Random(0).shuffle
     for call in calls.values():  # states, caches, cached lists
@@ -39,9 +39,20 @@ def interleaved(
             for name, call in order:
                 t = time.perf_counter()
                 call()
-                stats[name].update(time.perf_counter() - t)
+                times[name].append(time.perf_counter() - t)
     finally:
         gc.enable()
+    return times
+
+
+def interleaved(
+    calls: dict[str, Callable[[], object]], seconds: float, rounds: tuple[int, int], warm_up: int = 2
+) -> dict[str, Stats]:
+    """The statistics of :func:`rounds_of`."""
+    stats = {name: Stats() for name in calls}
+    for name, times in rounds_of(calls, seconds, rounds, warm_up).items():
+        for seconds_taken in times:
+            stats[name].update(seconds_taken)
     return stats
 
 

@@ -156,7 +156,7 @@ def markdown(networks: list[dict], inputs: dict, env: dict[str, object]) -> str:
 
 def main() -> None:
     p = command_line(__doc__, 8, "a network")
-    p.add_argument("--archs", nargs="+", choices=list(train.ARCHS), default=list(train.ARCHS))
+    p.add_argument("--archs", nargs="+", choices=list(train.ARCHS), default=["resnet18", "vgg16"])
     p.add_argument("--widths", nargs="+", type=int, default=[16, 64])
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def arguments(op, base="adam", dtype=torch.float32, sizes=(5, 3)):
         "params": make(dtype, sizes, 1),
         "grads": make(dtype, sizes, 2),
         "ascent": rows([0.1, 0.0, 0.0], [0.2, 0.1, 1.0]),
-        "group_sizes": [1, len(sizes) - 1],
+        "run_sizes": [1, len(sizes) - 1],
     }
     if op == "grad_sq_norm":
         return common
@@ -49,7 +49,7 @@ def arguments(op, base="adam", dtype=torch.float32, sizes=(5, 3)):
             "backups": backups,
             "grad_norm": norm,
             "ascent": common["ascent"],
-            "group_sizes": common["group_sizes"],
+            "run_sizes": common["run_sizes"],
         }
     if op == "perturb_from_":
         return {
@@ -58,7 +58,7 @@ def arguments(op, base="adam", dtype=torch.float32, sizes=(5, 3)):
             "saved": backups,
             "norm": there(3.0)[0],
             "ascent": common["ascent"],
-            "group_sizes": common["group_sizes"],
+            "run_sizes": common["run_sizes"],
         }
     if op == "restore_":
         return {"params": common["params"], "backups": backups}
@@ -73,7 +73,7 @@ def arguments(op, base="adam", dtype=torch.float32, sizes=(5, 3)):
         "hyper": rows(*2 * [list(update.hyper.values())]),
     }
     given = {"base": base, "params": common["params"], "grads": common["grads"]}
-    sizes_of_groups = {"group_sizes": common["group_sizes"]}
+    sizes_of_groups = {"run_sizes": common["run_sizes"]}
     if op == "step_along_":
         return {**given, **of_base, "ascent": common["ascent"], "moment": update.moment, **sizes_of_groups}
     return {**given, "backups": [backups[0], *[None for _ in sizes[2:]], backups[-1]], **of_base, **sizes_of_groups}
@@ -290,7 +290,7 @@ def test_step_along_is_the_step_and_the_norm(base, dtype, skipped, adaptive):
         assert all(torch.equal(a, b) for a, b in zip(along[name], plain[name], strict=True)), name
     n, k = len(SIZES), along["moment"]
     moments = plain["state"][k * n : (k + 1) * n]
-    assert torch.equal(sq_norms, _C.grad_sq_norm(plain["params"], moments, ascent, plain["group_sizes"]))
+    assert torch.equal(sq_norms, _C.grad_sq_norm(plain["params"], moments, ascent, plain["run_sizes"]))
 
 
 @pytest.mark.parametrize("norm", [3.0, torch.inf])
@@ -299,7 +299,7 @@ def test_perturb_from_is_perturb_from_what_is_saved(dtype, norm):
     args = arguments("perturb_from_", dtype=dtype, sizes=SIZES)
     saved, params = args["saved"], [t.clone() for t in args["saved"]]
     backups = [torch.empty_like(t) for t in params]
-    _C.perturb_(params, args["directions"], backups, there(norm)[0], args["ascent"], args["group_sizes"])
+    _C.perturb_(params, args["directions"], backups, there(norm)[0], args["ascent"], args["run_sizes"])
     _C.perturb_from_(**{**args, "norm": there(norm)[0]})
     assert all(torch.equal(a, b) for a, b in zip(args["params"], params, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(saved, backups, strict=True))
@@ -341,8 +341,8 @@ ERRORS = [
      r"params: expected at least one tensor"),
     ("grad_sq_norm", change(grads=make()[:1]), RuntimeError,
      r"grads: expected 2 tensors, one for each of params, got 1"),
-    ("grad_sq_norm", change(group_sizes=[1, 2]), RuntimeError,
-     r"group_sizes: expected to add up to the 2 .* got 3"),
+    ("grad_sq_norm", change(run_sizes=[1, 2]), RuntimeError,
+     r"run_sizes: expected to add up to the 2 .* got 3"),
     ("grad_sq_norm", change(grads=[make()[0], torch.ones(4)]), RuntimeError,
      r"grads\[1\]: expected shape \[3\], got \[4\]"),
     ("grad_sq_norm", change(grads=[make()[0], make()[1].double()]), TypeError,
