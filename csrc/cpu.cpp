@@ -171,14 +171,17 @@ SAM_FN void perturb_chunk(const Row& row, const Chunk& c, const Ascent& ascent, 
   const bool finite = std::isfinite(norm), staged = saved && past_cache;
   for (int b = 0; b < c.size; b += kBlock) {
     const int n = std::min(kBlock, c.size - b);
-    T* __restrict x = staged ? moved : w + b;
-    const T* __restrict y = g + b;
-    if (saved)
-      memcpy(x, backup + b, n * sizeof(T));
-    else
-      copy(backup + b, x, n * sizeof(T), past_cache);
-    if (finite)
-      for (int i = 0; i < n; ++i) ascend.perturb(x[i], load(y[i]), static_cast<uint32_t>(c.begin) + b + i);
+    if (!saved) copy(backup + b, w + b, n * sizeof(T), past_cache);
+    T* __restrict to = staged ? moved : w + b;
+    const T* __restrict from = backup + b;
+    const T* __restrict d = g + b;
+    const uint32_t first = static_cast<uint32_t>(c.begin) + b;
+    if (!saved && finite)
+      for (int i = 0; i < n; ++i) ascend.perturb(to[i], to[i], load(d[i]), first + i);
+    else if (finite)
+      for (int i = 0; i < n; ++i) ascend.perturb(to[i], from[i], load(d[i]), first + i);
+    else if (saved)
+      memcpy(to, from, n * sizeof(T));
     if (staged) copy(w + b, moved, n * sizeof(T), true);
   }
 }

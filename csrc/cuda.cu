@@ -255,7 +255,7 @@ __device__ void perturb_elements(const Ascent& ascent, double norm, bool saved, 
     if (!saved) write(backup + i, x);
     if (finite) {
       const Vec<T, kWidth> y = read<kWidth>(g + i);
-      for (int k = 0; k < kWidth; ++k) ascend.perturb(x.at[k], load(y.at[k]), first + i + k);
+      for (int k = 0; k < kWidth; ++k) ascend.perturb(x.at[k], x.at[k], load(y.at[k]), first + i + k);
     }
     if (finite || saved) write(w + i, x);
   });

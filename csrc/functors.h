@@ -31,12 +31,13 @@ struct Ascend {
     const A t = std::abs(w) + eta;
     return w + scale * t * (t * g);  // t * t alone may overflow
   }
-  // Perturbs element i of its tensor. Of most 16-bit weights, eps is less than half a unit in the last place, and
-  // rounding to nearest would lose it. So these are stochastically rounded, which keeps it on average. The random bits
-  // are a hash of the norm and i: it needs no state, differs from step to step, and a run repeats itself.
+  // `w` from element i of its tensor, which it may be itself. Of most 16-bit weights, eps is less than half a unit in
+  // the last place, and rounding to nearest would lose it. So these are stochastically rounded, which keeps it on
+  // average. The random bits are a hash of the norm and i: it needs no state, differs from step to step, and a run
+  // repeats itself.
   template <class T>
-  SAM_FN void perturb(T& w, A g, uint32_t i) const {
-    const A x = perturbed(load(w), g);
+  SAM_FN void perturb(T& w, T from, A g, uint32_t i) const {
+    const A x = perturbed(load(from), g);
     if constexpr (sizeof(T) == 2)
       store_randomly(w, x, hashed(seed + i));
     else

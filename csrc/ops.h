@@ -23,8 +23,7 @@ using Scalar = std::optional<at::Tensor>;
 using Hook = std::function<void()>;
 
 // Squared norms ||T g||^2 of the groups, float64 [groups]. `ascent` is float64 [groups, 3]: rho, eta, adaptive.
-at::Tensor grad_sq_norm(const Hook&, const Refs& params, const Refs& grads, const at::Tensor& ascent,
-                        Sizes run_sizes);
+at::Tensor grad_sq_norm(const Hook&, const Refs& params, const Refs& grads, const at::Tensor& ascent, Sizes run_sizes);
 
 // {grad_norm, sharpness, norm}, float64 [3]: the first two divided by `grad_scale` (float32, one element) if it is
 // given, the last of the gradients as they are. A finite sharpness is added to `total`, float64 {sum, count}, if that

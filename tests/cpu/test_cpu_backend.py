@@ -50,7 +50,7 @@ BUGS = {
     ),
     "a read past the end": (
         ADDRESS,
-        {"for (int i = 0; i < n; ++i) ascend.perturb(": "for (int i = 0; i <= n; ++i) ascend.perturb("},
+        {"i < n; ++i) ascend.perturb(to[i], to": "i <= n; ++i) ascend.perturb(to[i], to"},
         r"heap-buffer-overflow.*\n.*READ of size",
     ),
     "a shift by too many bits": (
