@@ -406,8 +406,9 @@ def vgg16(width: int) -> nn.Module:
 
 
 def mlp(width: int) -> nn.Module:
-    """Two hidden layers."""
-    hidden = [nn.Linear(3 * 32 * 32, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    """Two hidden layers with BatchNorm."""
+    sizes = (3 * 32 * 32, width), (width, width)
+    hidden = [nn.Sequential(nn.Linear(*size, bias=False), nn.BatchNorm1d(width), nn.ReLU()) for size in sizes]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, CLASSES))
 
 

@@ -9,6 +9,7 @@ metrics.jsonl, {"run": name, "epoch": 1, ...}; and for failed.txt {"run": name, 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -75,7 +76,13 @@ def of_network(cells: dict[tuple[str, str], list[Result]], arch: str) -> Iterato
 
 def read_folder(folder: Path, name: str) -> Result | None:
     """The run ``name`` from its folder; None if there is none, or it has not begun."""
-    config, metrics, failed = (folder / file for file in ("config.json", "metrics.jsonl", "failed.txt"))
+    paths = [folder / file for file in ("config.json", "metrics.jsonl", "failed.txt")]
+    return _read(name, *((path, path.stat().st_mtime_ns if path.exists() else None) for path in paths))
+
+
+@functools.lru_cache(maxsize=4096)  # a sweep asks for all its runs after each epoch
+def _read(name: str, *files: tuple[Path, int | None]) -> Result | None:
+    config, metrics, failed = (path for path, _ in files)
     if not config.exists():
         return None
     return Result(

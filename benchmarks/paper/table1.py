@@ -8,33 +8,27 @@
 Recipes paper-text and paper-code are train.py's. fair is paper-text with each base's learning rate, and then each rho,
 chosen for each network on a held-out part of the training set, from the grids that are printed with the table.
 
-A run has its folder in --out: a finished one is skipped, also when only its config.json and metrics.jsonl are left, or
-its lines in a runs.jsonl there (benchmarks/paper/runs.py makes one); one that was cut goes on; one that diverged leaves
-failed.txt and is skipped too, until that is removed. Processes that share --out share the sweep; several with
---threads 1 get more out of a CPU than one with more threads, at small widths. Writes table1.md, table1.csv, figure1.png
-and figure2.png to --out.
+The same command goes on with a sweep that was cut (see sweep.py). Several processes that share --out, with --threads 1
+each, get more out of a CPU than one with more threads, at small widths. Writes table1.md, table1.csv, figure1.png and
+figure2.png to --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import fcntl
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import train
 
-from .runs import GRID, NETWORKS, Result, read_folder, read_packed
+from .runs import GRID, NETWORKS, Result, read_packed
+from .sweep import Run, sweep
 from .table1_report import report
 
 # ---- what is run ----
@@ -66,64 +60,6 @@ GRIDS = {
 }
 GRID_SEED = 100
 
-# Of a training pass over an image and a channel, relative to each other, for the time left: by the multiplications.
-COST = {"resnet18": 1.8, "vgg16": 1.0}
-
-
-@dataclass(frozen=True)
-class Run:
-    name: str
-    settings: train.Settings
-    packed: Result | None  # what runs.jsonl has of it
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.settings.out)
-
-    @property
-    def cost(self) -> float:
-        s = self.settings
-        return COST[s.arch] * s.width * (2 if s.rho else 1) * (s.train_size or 50_000) * s.epochs
-
-    def result(self) -> Result:
-        """What there is of it by now."""
-        return read_folder(self.folder, self.name) or self.packed or Result(self.name)
-
-    def work_done(self) -> float:
-        """The part of its epochs that needs no doing any more."""
-        held = self.result()
-        return 1.0 if held.failed else len(held.metrics) / self.settings.epochs
-
-    def finished(self) -> bool:
-        """Whether nothing is left to do.
-
-        Raises:
-            train.RunError: if there is a finished run of this name with other settings.
-        """
-        if self.work_done() < 1:
-            return False
-        held = self.result().settings
-        for name, value in dataclasses.asdict(self.settings).items():
-            if name not in {"device", "threads"} and held.get(name, value) != value:
-                raise train.RunError(f"{self.folder} was run with {name} = {held[name]!r}, not {value!r}")
-        return True
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[bool]:
-        """Whether the folder is this process's; the system gives the lock back, however the process ends."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
-
-    def held(self) -> bool:
-        with self.locked() as mine:
-            return not mine
-
 
 def make_run(args: argparse.Namespace, packed: dict[str, Result], name: str, **flags: Any) -> Run:
     shared = ("dataset", "data", "device", "threads", "amp", "compile", "keep_every", *PRESETS["paper"])
@@ -131,12 +67,7 @@ def make_run(args: argparse.Namespace, packed: dict[str, Result], name: str, **f
     if isinstance(flags["width"], dict):
         flags["width"] = flags["width"][flags["arch"]]
     flags["recipe"] = "paper-text" if args.recipe == "fair" else args.recipe
-    words = [
-        f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}")
-        for k, v in flags.items()
-        if v is not None and v is not False
-    ]
-    return Run(name, train.settle(train.parse([*words, f"--out={args.out / name}"])), packed.get(name))
+    return Run.of(args.out, name, packed, flags)
 
 
 def best(runs: list[Run]) -> train.Settings:
@@ -201,56 +132,6 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
         ]
     )
     return stages
-
-
-# ---- running it ----
-
-
-def work_done(runs: list[Run]) -> float:
-    """Of the cost of ``runs``, what needs no doing any more."""
-    return sum(r.cost * r.work_done() for r in runs)
-
-
-def train_run(run: Run, bar: tqdm, runs: list[Run]) -> None:
-    """Train it, from where it was cut. One that diverges leaves failed.txt, and the sweep goes on."""
-
-    def after_epoch(row: dict[str, Any]) -> None:
-        bar.n = work_done(runs)  # what other processes did is in it
-        bar.set_postfix_str(f"{run.name}, epoch {row['epoch']}/{run.settings.epochs}")
-
-    try:
-        train.train(run.settings, resume=True, after_epoch=after_epoch)
-    except FloatingPointError as error:
-        train.save(run.folder / "failed.txt", f"{error}\n")
-
-
-def sweep(args: argparse.Namespace) -> None:
-    runs = [run for stage in plan(args) for run in stage]
-    total, before, start, trained = sum(run.cost for run in runs), work_done(runs), time.monotonic(), 0
-    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
-    stages = range(len(plan(args)))
-    with tqdm(total=total, initial=before, desc=args.recipe, bar_format=form, smoothing=0, disable=None) as bar:
-        for stage in stages:
-            while pending := [run for run in plan(args)[stage] if not run.finished()]:
-                if trained == args.max_runs:
-                    return
-                for run in pending:
-                    with run.locked() as mine:
-                        if not mine or run.finished():
-                            continue
-                        train_run(run, bar, runs)
-                    trained += 1
-                    now = work_done(runs)
-                    left = tqdm.format_interval((time.monotonic() - start) * (total - now) / (now - before))
-                    done = sum(r.work_done() >= 1 for r in runs)
-                    result = run.result()
-                    outcome = result.failed or f"test accuracy {result.metrics[-1]['test_acc']:.2%}"
-                    bar.write(f"{run.name}: {outcome}; {done} of {len(runs)} runs, {left} left")
-                    break
-                else:  # they are with other processes, and only a later stage needs them
-                    if stage == stages[-1]:
-                        return
-                    time.sleep(1)
 
 
 # ---- what it would take ----
@@ -346,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
             dry_run(args)
             return 0
         if not args.report_only:
-            sweep(args)
+            sweep(lambda: plan(args), args.recipe, args.max_runs)
         print(report(args.out))
     except (train.DataError, train.RunError, ImportError, ValueError) as error:
         print(f"table1.py: {error}", file=sys.stderr)

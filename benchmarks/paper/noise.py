@@ -1,0 +1,379 @@
+"""What helps against wrong labels: SAM in several forms, and what else the same time or less could be spent on.
+
+    python -m benchmarks.paper.noise --preset digits --threads 1 --out runs/noise-digits
+    python -m benchmarks.paper.noise --preset cifar10 --data DIR --threads 1 --out runs/noise-cifar10
+    python -m benchmarks.paper.noise --report-only --out results/noise-digits    # the tables and the figure again
+
+A part of the training and the validation labels is wrong; the labels of the test set are right. For each base and part
+the learning rate is chosen first, with the plain base; then, with it, each method's own number. What is chosen has the
+highest accuracy on the validation images, wrong labels included, after the last epoch, as a mean over the grid's seeds,
+which are none of the table's. A grid is extended while its best value is at its edge. The test set chooses nothing.
+
+The same command goes on with a sweep that was cut (see sweep.py); processes that share --out share the sweep. Writes
+noise.md and noise.png to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import t as student
+
+import train
+
+from ..plots import band, figure, legend_above
+from ..tables import table
+from .runs import GRID, OPTIMIZERS, Result, read_packed, read_runs
+from .sweep import Run, search, sweep
+
+
+@dataclass(frozen=True)
+class Method:
+    """``flags`` are train.py's; ``searched`` is the one that is chosen from a grid, on the ladder from ``first`` to
+    ``last`` to begin with (see sweep.step_of)."""
+
+    title: str
+    flags: dict[str, Any] = field(default_factory=dict)
+    searched: str | None = None
+    first: int = 0
+    last: int = 0
+
+
+PLAIN = {"rho": 0}
+METHODS = {
+    "base": Method("base", PLAIN),
+    "long": Method("base, twice the epochs", PLAIN),
+    "decay": Method("base, stronger weight decay", PLAIN, "weight_decay", -6, -4),
+    "sam": Method("SAM", {}, "rho", -2, 0),
+    "asam": Method("ASAM", {"adaptive": True}, "rho", 0, 2),
+    "late": Method("SAM in the second half", {"sam_from": 0.5}, "rho", -2, 0),
+    "msam": Method("Momentum-SAM", {"method": "msam"}, "rho", -1, 1),
+    "norm": Method("SAM of the norm layers", {"norm_only": True}, "rho", -1, 1),
+    "part": Method("SAM, ascent on a quarter", {"ascent_fraction": 0.25}, "rho", -2, 0),
+}
+LEARNING_RATES = {"sgd": (-3, -1), "adam": (-7, -5)}  # on the ladder: 0.03 to 0.3, 0.0003 to 0.003
+GRID_SEEDS = (100, 101)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "flags": {"dataset": "digits", "arch": "mlp", "width": 256, "validate": 287, "no_augment": True},
+        "epochs": 40,
+        "noise": [0, 20, 40, 60],
+        "methods": list(METHODS),
+        "seeds": [0, 1, 2, 3, 4],
+    },
+    "cifar10": {
+        "flags": {"arch": "vgg16", "width": 16, "train_size": 10_000, "validate": 2000, "no_augment": True},
+        "epochs": 30,
+        "noise": [0, 20, 40],
+        "methods": ["base", "sam", "late", "msam"],
+        "seeds": [0, 1, 2],
+    },
+}
+
+
+# ---- what is run ----
+
+
+def plan(args: argparse.Namespace) -> list[list[Run]]:
+    """The learning rates, then the methods' own numbers, then the runs of the table."""
+    packed = read_packed(args.out)
+
+    def run(name: str, base: str, noise: int, method: str, seed: int, chosen: dict[str, float]) -> Run:
+        flags = {
+            **PRESETS[args.preset]["flags"],
+            "data": args.data,
+            "threads": args.threads,
+            "epochs": args.epochs * (2 if method == "long" else 1),
+            "label_noise": noise / 100,
+            "base": base,
+            "seed": seed,
+            **METHODS[method].flags,
+            **chosen,
+        }
+        return Run.of(args.out, name, packed, flags)
+
+    cells = [(base, noise) for noise in args.noise for base in args.bases]
+    rates: list[Run] = []
+    lr: dict[tuple[str, int], float | None] = {}
+    for base, noise in cells:
+        runs, lr[base, noise] = search(
+            lambda value, base=base, noise=noise: [
+                run(f"{GRID}{base}-{noise}-lr{value:g}-{seed}", base, noise, "base", seed, {"lr": value})
+                for seed in GRID_SEEDS
+            ],
+            *LEARNING_RATES[base],
+            key="val_acc",
+        )
+        rates += runs
+    numbers: list[Run] = []
+    chosen: dict[tuple[str, int, str], dict[str, float]] = {}
+    for base, noise in cells:
+        rate = lr[base, noise]
+        at = {} if rate is None else {"lr": rate}
+        for name in args.methods:
+            method = METHODS[name]
+            chosen[base, noise, name] = at
+            if method.searched is None:
+                continue
+            runs, value = search(
+                lambda value, base=base, noise=noise, name=name, method=method, at=at: [
+                    run(
+                        f"{GRID}{base}-{noise}-{name}-{method.searched}{value:g}-{seed}",
+                        base,
+                        noise,
+                        name,
+                        seed,
+                        {**at, method.searched: value},
+                    )
+                    for seed in GRID_SEEDS
+                ],
+                method.first,
+                method.last,
+                key="val_acc",
+            )
+            numbers += runs
+            if value is not None:
+                chosen[base, noise, name] = {**at, method.searched: value}
+    last = [
+        run(f"{base}-{noise}-{name}-{seed}", base, noise, name, seed, chosen[base, noise, name])
+        for seed in args.seeds
+        for base, noise in cells
+        for name in args.methods
+    ]
+    return [rates, numbers, last]
+
+
+# ---- what came out ----
+
+
+@dataclass
+class Cell:
+    """The runs of one base, part of wrong labels in % and method, by seed."""
+
+    base: str
+    noise: int
+    method: str
+    runs: dict[int, Result] = field(default_factory=dict)
+
+    def last(self, key: str) -> dict[int, float]:
+        return {seed: r.metrics[-1][key] for seed, r in self.runs.items() if key in r.metrics[-1]}
+
+    def best(self) -> dict[int, float]:
+        """The test accuracy in the epoch with the highest validation accuracy, the first of equal ones."""
+        return {seed: max(r.metrics, key=lambda m: m["val_acc"])["test_acc"] for seed, r in self.runs.items()}
+
+    def seconds(self) -> float:
+        return statistics.mean(sum(m["seconds"] for m in r.metrics) for r in self.runs.values())
+
+
+def cells_of(results: list[Result]) -> dict[tuple[str, int, str], Cell]:
+    cells: dict[tuple[str, int, str], Cell] = {}
+    for r in results:
+        if r.finished and not r.failed:
+            base, noise, method, seed = r.name.split("-")
+            key = base, int(noise), method
+            cells.setdefault(key, Cell(*key)).runs[int(seed)] = r
+    order = {name: i for i, name in enumerate(METHODS)}
+    return dict(sorted(cells.items(), key=lambda item: (item[0][0], item[0][1], order[item[0][2]])))
+
+
+def percent(values: dict[int, float]) -> str:
+    """Mean and sample standard deviation over the seeds."""
+    numbers = [100 * x for x in values.values()]
+    if not numbers:
+        return "-"
+    return f"{statistics.mean(numbers):.1f}" + (f" ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else "")
+
+
+def gain(base: dict[int, float], other: dict[int, float]) -> str:
+    """The 95 % t interval of other - base in percentage points, paired by seed."""
+    differences = [100 * (other[seed] - base[seed]) for seed in sorted(base.keys() & other.keys())]
+    n = len(differences)
+    if n < 2:
+        return "-"
+    mean = statistics.mean(differences)
+    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(differences) / n**0.5
+    return f"{mean - half:+.1f} to {mean + half:+.1f}"
+
+
+def method_row(cell: Cell, base: Cell) -> list[str]:
+    s = next(iter(cell.runs.values())).settings
+    method = METHODS[cell.method]
+    number = f"{s[method.searched]:g}" if method.searched else ""
+    return [
+        method.title,
+        number,
+        str(len(cell.runs)),
+        percent(cell.last("test_acc")),
+        "" if cell is base else gain(base.last("test_acc"), cell.last("test_acc")),
+        percent(cell.best()),
+        "" if cell is base else gain(base.best(), cell.best()),
+        percent(cell.last("memorised")),
+        f"{cell.seconds() / base.seconds():.2f}",
+    ]
+
+
+def grid_rows(grid: list[Result]) -> Iterator[list[str]]:
+    """A row for each grid: the validation accuracy by value, mean over the grid's seeds."""
+    found: dict[tuple[str, str, str], dict[float, list[Result]]] = {}
+    for r in grid:
+        base, noise, *words = r.name.removeprefix(GRID).split("-")
+        name = "base" if words[0].startswith("lr") else words[0]
+        searched = "lr" if name == "base" else METHODS[name].searched
+        found.setdefault((base, noise, name), {}).setdefault(r.settings[searched], []).append(r)
+    order = [(b, n, m) for b, n in dict.fromkeys((b, n) for b, n, _ in found) for m in METHODS if (b, n, m) in found]
+    for base, noise, name in order:
+        scores = []
+        for value, runs in sorted(found[base, noise, name].items()):
+            ends = [r.metrics[-1]["val_acc"] for r in runs if r.finished and not r.failed]
+            scores.append(f"{value:g}: " + (f"{statistics.mean(ends):.1%}" if len(ends) == len(runs) else "diverged"))
+        searched = "learning rate" if name == "base" else METHODS[name].searched.replace("_", " ")
+        yield [OPTIMIZERS[base], noise, METHODS[name].title, searched, ", ".join(scores)]
+
+
+def markdown(results: list[Result], grid: list[Result]) -> str:
+    cells = cells_of(results)
+    first = next(iter(cells.values())).runs
+    r = next(iter(first.values()))
+    s, environment = r.settings, r.environment
+    pairs = list(dict.fromkeys((base, noise) for base, noise, _ in cells))
+    size = "" if s["train_size"] is None else f"{s['train_size']:,} training images, "
+    lines = [
+        "# Wrong labels",
+        "",
+        f"{s['dataset']}, {size}{s['validate']:,} images for validation, no augmentation, {s['arch']} of width "
+        f"{s['width']}, {s['epochs']} epochs, batch {s['batch_size']}; torch {environment['torch']}, "
+        f"{environment['cpu']}, {environment['threads']} thread. Seeds {', '.join(map(str, first))}. Learning rate "
+        "and number by the accuracy on the validation images, whose labels are wrong in the same part. Test labels "
+        "are right.",
+        "",
+        "Test accuracy after the last epoch in %, mean ± sample standard deviation, by the part of wrong labels:",
+        "",
+    ]
+    titles = ["", *(f"{OPTIMIZERS[base]}, {noise} %" for base, noise in pairs)]
+    methods = [name for name in METHODS if any(key[2] == name for key in cells)]
+
+    def summary(name: str) -> list[str]:
+        found = [cells.get((base, noise, name)) for base, noise in pairs]
+        return [METHODS[name].title, *("-" if c is None else percent(c.last("test_acc")) for c in found)]
+
+    lines += table(titles, map(summary, methods))
+    columns = ["", "number", "n", "last epoch", "gain", "best by validation", "gain", "memorised", "time"]
+    lines += [
+        "",
+        "By base and part of wrong labels. Number: the chosen rho or weight decay. Best by validation: test accuracy "
+        "in the epoch with the highest validation accuracy. Gain: over the base in percentage points, the 95 % t "
+        "interval of the differences paired by seed. Memorised: the share of the wrong training labels that the "
+        "network gives back after the last epoch, in %, which a network that gives the true label does not. Time: of "
+        "the run, over the base's.",
+    ]
+    for base, noise in pairs:
+        mine = {name: cells[base, noise, name] for name in methods if (base, noise, name) in cells}
+        if "base" not in mine:
+            continue
+        rate = next(iter(mine["base"].runs.values())).settings["lr"]
+        lines += ["", f"## {OPTIMIZERS[base]}, {noise} % wrong, learning rate {rate:g}", ""]
+        lines += table(columns, (method_row(cell, mine["base"]) for cell in mine.values()))
+    if grid:
+        lines += ["", "## The grids", "", "Validation accuracy after the last epoch, mean over the grid's seeds:", ""]
+        lines += table(["", "wrong, %", "", "", ""], grid_rows(grid))
+    for r in results:
+        if r.failed or not r.finished:
+            reason = r.failed or f"{len(r.metrics)} of {r.settings['epochs']} epochs"
+            lines += ["", f"Not in the tables: {r.name}, {reason}."]
+    return "\n".join(lines) + "\n"
+
+
+FIGURE_NOISE = 40
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Test accuracy and memorised share by epoch."""
+    cells = {key: cell for key, cell in cells_of(results).items() if key[1] == FIGURE_NOISE and key[2] != "long"}
+    bases = list(dict.fromkeys(base for base, *_ in cells))
+    if not bases:
+        return
+    with figure(path, 2, len(bases), size=(5.5 * len(bases), 7), dpi=110, sharex=True, squeeze=False) as (
+        drawn,
+        panels,
+    ):
+        for row, key, label in zip(panels, ("test_acc", "memorised"), ("test accuracy", "memorised"), strict=True):
+            for axes, base in zip(row, bases, strict=True):
+                for i, name in enumerate(METHODS):
+                    if (base, FIGURE_NOISE, name) in cells:
+                        runs = cells[base, FIGURE_NOISE, name].runs.values()
+                        band(axes, [[100 * m[key] for m in r.metrics] for r in runs], f"C{i}-", METHODS[name].title)
+                axes.set(title=f"{OPTIMIZERS[base]}, {FIGURE_NOISE} % of the labels wrong", ylabel=f"{label}, %")
+                axes.grid(alpha=0.3)
+        for axes in panels[-1]:
+            axes.set(xlabel="epoch")
+        legend_above(drawn)
+
+
+def report(out: Path) -> str:
+    """Write noise.md and noise.png to ``out``; returns the text.
+
+    Raises:
+        train.RunError: if there are no finished runs.
+    """
+    runs = read_runs(out)
+    results, grid = [r for r in runs if not r.in_grid], [r for r in runs if r.in_grid]
+    if not cells_of(results):
+        raise train.RunError(f"{out} holds no finished runs")
+    text = markdown(results, grid)
+    train.save(out / "noise.md", text)
+    draw(results, out / "noise.png")
+    return text
+
+
+# ---- command line ----
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", choices=list(PRESETS), default="digits")
+    p.add_argument("--report-only", action="store_true", help="make the tables and the figure of what --out holds")
+    p.add_argument("--max-runs", type=int, metavar="N", help="stop after N runs; the next call goes on")
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/noise-PRESET")
+    p.add_argument("--bases", nargs="+", choices=sorted(LEARNING_RATES), default=sorted(LEARNING_RATES))
+    p.add_argument("--data", metavar="DIR", help="as in train.py")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    g = p.add_argument_group("without them, the preset's")
+    g.add_argument("--noise", nargs="+", type=int, metavar="P", help="parts of wrong labels, in %%")
+    g.add_argument("--methods", nargs="+", choices=list(METHODS))
+    g.add_argument("--seeds", nargs="+", type=int)
+    g.add_argument("--epochs", type=int, metavar="N")
+    args = p.parse_args(argv)
+    for name in ("noise", "methods", "seeds", "epochs"):
+        if getattr(args, name) is None:
+            setattr(args, name, PRESETS[args.preset][name])
+    if args.out is None:
+        args.out = Path("runs") / f"noise-{args.preset}"
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        if not args.report_only:
+            sweep(lambda: plan(args), f"noise, {args.preset}", args.max_runs, keep_checkpoints=False)
+        print(report(args.out))
+    except (train.DataError, train.RunError, ImportError, ValueError) as error:
+        print(f"noise.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {args.out} keeps the runs and whole epochs: the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

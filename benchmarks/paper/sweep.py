@@ -1,0 +1,212 @@
+"""Sweeps: runs of train.py in stages, of which later ones depend on what earlier ones chose.
+
+A run has its folder in --out: a finished one is skipped, also when only its config.json and metrics.jsonl are left, or
+its lines in a runs.jsonl there (benchmarks/paper/runs.py makes one); one that was cut goes on; one that diverged leaves
+failed.txt and is skipped too, until that is removed. Processes that share --out share the sweep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import train
+
+from .runs import Result, read_folder
+
+# Of a training pass over an image and a channel, relative to each other, for the time left: by the multiplications.
+COST = {"resnet18": 1.8, "vgg16": 1.0, "mlp": 0.01}
+
+
+@functools.cache
+def settings_of(*words: str) -> train.Settings:
+    return train.settle(train.parse(words))
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    settings: train.Settings
+    packed: Result | None  # what runs.jsonl has of it
+
+    @classmethod
+    def of(cls, out: Path, name: str, packed: dict[str, Result], flags: dict[str, Any]) -> Run:
+        """``flags`` are train.py's, with underscores: None and False are not given, True has no value."""
+        given = {
+            key.replace("_", "-"): value for key, value in flags.items() if value is not None and value is not False
+        }
+        words = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in given.items()]
+        return cls(name, settings_of(*words, f"--out={out / name}"), packed.get(name))
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.out)
+
+    @property
+    def cost(self) -> float:
+        s = self.settings
+        passes = 2 if s.rho and s.method == "sam" else 1
+        return COST[s.arch] * s.width * passes * (s.train_size or 50_000) * s.epochs
+
+    def result(self) -> Result:
+        """What there is of it by now."""
+        return read_folder(self.folder, self.name) or self.packed or Result(self.name)
+
+    def work_done(self) -> float:
+        """The part of its epochs that needs no doing any more."""
+        held = self.result()
+        return 1.0 if held.failed else len(held.metrics) / self.settings.epochs
+
+    def finished(self) -> bool:
+        """Whether nothing is left to do.
+
+        Raises:
+            train.RunError: if there is a finished run of this name with other settings.
+        """
+        if self.work_done() < 1:
+            return False
+        held = self.result().settings
+        for name, value in dataclasses.asdict(self.settings).items():
+            if name not in {"device", "threads"} and held.get(name, value) != value:
+                raise train.RunError(f"{self.folder} was run with {name} = {held[name]!r}, not {value!r}")
+        return True
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[bool]:
+        """Whether the folder is this process's; the system gives the lock back, however the process ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    def held(self) -> bool:
+        with self.locked() as mine:
+            return not mine
+
+
+# ---- choosing ----
+
+
+def score(runs: Sequence[Run], key: str) -> float:
+    """The mean over the seeds of ``key`` in the last epoch; -inf if one diverged."""
+    if any(run.result().failed for run in runs):
+        return float("-inf")
+    return statistics.mean(run.result().metrics[-1][key] for run in runs)
+
+
+def step_of(k: int) -> float:
+    """The ladder ..., 0.1, 0.3, 1, 3, 10, ...: 1 at 0."""
+    return float(f"{(1, 3)[k % 2]}e{k // 2}")
+
+
+def search(
+    runs_at: Callable[[float], list[Run]], first: int, last: int, key: str, extend: int = 3
+) -> tuple[list[Run], float | None]:
+    """The best value of a hyper-parameter on the ladder, by the mean of ``key`` in the last epoch.
+
+    Args:
+        runs_at: the runs with a value, one for each seed.
+        first, last: the positions on the ladder to begin with.
+        extend: by how many positions the range may grow, to each side, while its best value is at its edge.
+
+    Returns:
+        The runs, and the best value, the smallest of equal ones; None while a run is not finished.
+
+    Raises:
+        train.RunError: if runs with every value diverged.
+    """
+    lowest, highest = first - extend, last + extend
+    while True:
+        runs = {k: runs_at(step_of(k)) for k in range(first, last + 1)}
+        everyone = [run for at in runs.values() for run in at]
+        if not all(run.finished() for run in everyone):
+            return everyone, None
+        scores = {k: score(at, key) for k, at in runs.items()}
+        best = max(scores, key=lambda k: scores[k])
+        if scores[best] == float("-inf"):
+            raise train.RunError(
+                f"no value of a grid has runs that all came to an end: {everyone[0].name} to {everyone[-1].name}"
+            )
+        if best == first > lowest:
+            first -= 1
+        elif best == last < highest:
+            last += 1
+        else:
+            return everyone, step_of(best)
+
+
+# ---- running ----
+
+
+def work_done(runs: list[Run]) -> float:
+    """Of the cost of ``runs``, what needs no doing any more."""
+    return sum(r.cost * r.work_done() for r in runs)
+
+
+def train_run(run: Run, after_epoch: Callable[[dict[str, Any]], None]) -> None:
+    """Train it, from where it was cut. One that diverges leaves failed.txt, and the sweep goes on."""
+    try:
+        train.train(run.settings, resume=True, after_epoch=after_epoch)
+    except FloatingPointError as error:
+        train.save(run.folder / "failed.txt", f"{error}\n")
+
+
+def sweep(
+    plan: Callable[[], list[list[Run]]], title: str, max_runs: int | None = None, keep_checkpoints: bool = True
+) -> None:
+    """Train what is not finished yet, stage by stage.
+
+    Args:
+        plan: the runs by stage. While a stage is not finished, later ones may be provisional, and it may itself grow.
+        title: what the progress bar is called.
+        max_runs: stop after so many.
+        keep_checkpoints: False removes the checkpoint of a finished run.
+    """
+    before, start, trained = work_done([run for runs in plan() for run in runs]), time.monotonic(), 0
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+    stages = range(len(plan()))
+    with tqdm(total=0, initial=before, desc=title, bar_format=form, smoothing=0, disable=None) as bar:
+        for stage in stages:
+            while pending := [run for run in plan()[stage] if not run.finished()]:
+                if trained == max_runs:
+                    return
+                everyone = [run for runs in plan() for run in runs]
+                bar.total = sum(run.cost for run in everyone)
+                for run in pending:
+
+                    def after_epoch(row: dict[str, Any], run: Run = run, everyone: list[Run] = everyone) -> None:
+                        bar.n = work_done(everyone)  # what other processes did is in it
+                        bar.set_postfix_str(f"{run.name}, epoch {row['epoch']}/{run.settings.epochs}")
+
+                    with run.locked() as mine:
+                        if not mine or run.finished():
+                            continue
+                        train_run(run, after_epoch)
+                        if not keep_checkpoints:
+                            (run.folder / "checkpoint.pt").unlink(missing_ok=True)
+                    trained += 1
+                    now = work_done(everyone)
+                    left = tqdm.format_interval((time.monotonic() - start) * (bar.total - now) / (now - before))
+                    done = sum(r.work_done() >= 1 for r in everyone)
+                    result = run.result()
+                    outcome = result.failed or f"test accuracy {result.metrics[-1]['test_acc']:.2%}"
+                    bar.write(f"{run.name}: {outcome}; {done} of {len(everyone)} runs, {left} left")
+                    break
+                else:  # they are with other processes, and only a later stage needs them
+                    if stage == stages[-1]:
+                        return
+                    time.sleep(1)
