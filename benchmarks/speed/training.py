@@ -10,6 +10,7 @@ train.json and train.md to --out.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train
+from sam_fused import FusedSAM
 
 from ..tables import table
 from .rivals import RIVALS
@@ -29,10 +31,12 @@ PASS = "forward + backward"
 
 
 def variants(arch: str, width: int) -> dict[str, Callable[[], object]]:
-    """One training step of each optimizer, on the same network and batch; sam_every 2 does two steps."""
-    flags = ["--arch", arch, "--width", str(width), "--base", "adam"]
-    model = train.build(train.settle(train.parse(flags)))
-    model.train()
+    """One training step of each optimizer, on the same network and batch; sam_every 2 does two steps.
+
+    FusedMSAM, which keeps the weights perturbed from step to step, has a network of its own.
+    """
+    flags = ["--arch", arch, "--width", str(width), "--base", "adam", "--lr", "1e-6"]
+    model = train.build(train.settle(train.parse(flags))).model.train()
     x = torch.randn(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     y = torch.randint(0, 10, (BATCH,))
     params = list(model.parameters())
@@ -51,12 +55,11 @@ def variants(arch: str, width: int) -> dict[str, Callable[[], object]]:
         return lambda: (forward_backward(), opt.first_step(), forward_backward(), opt.second_step())
 
     def ours(*more: str, steps: int = 1) -> Callable[[], object]:
-        s = train.settle(train.parse([*flags, "--lr", "1e-6", *more]))
-        off = torch.amp.GradScaler("cpu", enabled=False)
-        kind = {"scaler": off} if s.method == "sam" else {}
-        cls = train.FusedSAM if s.method == "sam" else train.FusedMSAM
-        opt = cls(params, lr=s.lr, rho=s.measure_rho, **kind)
-        parts = train.Parts(model, opt, None, train.LambdaRho(opt, train.late(0)), off, model)
+        s = train.settle(train.parse([*flags, *more]))
+        parts = train.build(s)
+        if s.method == "sam":
+            opt = FusedSAM(params, lr=s.lr, rho=s.rho, scaler=parts.scaler)
+            parts = dataclasses.replace(parts, model=model, net=model, optimizer=opt)
         return lambda: [train.train_step(s, parts, x, y, i) for i in range(steps)]
 
     return {
