@@ -661,12 +661,13 @@ def train(
         torch.manual_seed(s.seed + rank())
     steps = math.ceil(len(train_split.labels) / s.batch_size)
     for epoch in range(len(metrics) + 1, s.epochs + 1):
-        start, lr = time.perf_counter(), scheduler.get_last_lr()[0]
+        start, cpu_start, lr = time.perf_counter(), time.process_time(), scheduler.get_last_lr()[0]
         data = batches(train_split, s.batch_size, generator, flip=s.dataset == "cifar10", crop=s.augment)
         model.train()
         hidden = True if rank() else None  # None: where there is no terminal
         with tqdm(total=steps, desc=f"epoch {epoch}/{s.epochs}", leave=False, disable=hidden) as bar:
             row = train_epoch(s, parts, data, normalize, bar)
+        row["train_cpu_seconds"] = time.process_time() - cpu_start  # of all threads, whatever else the machine does
         scheduler.step()
         parts.rho_schedule.step()
         metrics.append({"epoch": epoch, "lr": lr, **row})

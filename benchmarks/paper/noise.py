@@ -170,8 +170,9 @@ class Cell:
         """The test accuracy in the epoch with the highest validation accuracy, the first of equal ones."""
         return {seed: max(r.metrics, key=lambda m: m["val_acc"])["test_acc"] for seed, r in self.runs.items()}
 
-    def seconds(self) -> float:
-        return statistics.mean(sum(m["seconds"] for m in r.metrics) for r in self.runs.values())
+    def seconds(self) -> dict[int, float]:
+        """The processor time of training, without evaluation, by seed."""
+        return {seed: sum(m["train_cpu_seconds"] for m in r.metrics) for seed, r in self.runs.items()}
 
 
 def cells_of(results: list[Result]) -> dict[tuple[str, int, str], Cell]:
@@ -204,6 +205,12 @@ def gain(base: dict[int, float], other: dict[int, float]) -> str:
     return f"{mean - half:+.1f} to {mean + half:+.1f}"
 
 
+def time_ratio(base: dict[int, float], other: dict[int, float]) -> str:
+    """The median over the seeds of other / base; runs of one seed were neighbours in the sweep."""
+    ratios = [other[seed] / base[seed] for seed in base.keys() & other.keys()]
+    return f"{statistics.median(ratios):.2f}" if ratios else "-"
+
+
 def method_row(cell: Cell, base: Cell) -> list[str]:
     s = next(iter(cell.runs.values())).settings
     method = METHODS[cell.method]
@@ -217,7 +224,7 @@ def method_row(cell: Cell, base: Cell) -> list[str]:
         percent(cell.best()),
         "" if cell is base else gain(base.best(), cell.best()),
         percent(cell.last("memorised")),
-        f"{cell.seconds() / base.seconds():.2f}",
+        time_ratio(base.seconds(), cell.seconds()),
     ]
 
 
@@ -272,8 +279,8 @@ def markdown(results: list[Result], grid: list[Result]) -> str:
         "By base and part of wrong labels. Number: the chosen rho or weight decay. Best by validation: test accuracy "
         "in the epoch with the highest validation accuracy. Gain: over the base in percentage points, the 95 % t "
         "interval of the differences paired by seed. Memorised: the share of the wrong training labels that the "
-        "network gives back after the last epoch, in %, which a network that gives the true label does not. Time: of "
-        "the run, over the base's.",
+        "network gives back after the last epoch, in %, which a network that gives the true label does not. Time: the "
+        "processor time of training, without evaluation, over the base's, median over the seeds.",
     ]
     for base, noise in pairs:
         mine = {name: cells[base, noise, name] for name in methods if (base, noise, name) in cells}
