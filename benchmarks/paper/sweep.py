@@ -11,9 +11,8 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,25 +100,18 @@ class Run:
 # ---- choosing ----
 
 
-def score(runs: Sequence[Run], key: str) -> float:
-    """The mean over the seeds of ``key`` in the last epoch; -inf if one diverged."""
-    if any(run.result().failed for run in runs):
-        return float("-inf")
-    return statistics.mean(run.result().metrics[-1][key] for run in runs)
-
-
 def step_of(k: int) -> float:
     """The ladder ..., 0.1, 0.3, 1, 3, 10, ...: 1 at 0."""
     return float(f"{(1, 3)[k % 2]}e{k // 2}")
 
 
 def search(
-    runs_at: Callable[[float], list[Run]], first: int, last: int, key: str, extend: int = 3
+    run_at: Callable[[float], Run], first: int, last: int, key: str, extend: int = 3
 ) -> tuple[list[Run], float | None]:
-    """The best value of a hyper-parameter on the ladder, by the mean of ``key`` in the last epoch.
+    """The best value of a hyper-parameter on the ladder, by ``key`` in the last epoch.
 
     Args:
-        runs_at: the runs with a value, one for each seed.
+        run_at: the run with a value.
         first, last: the positions on the ladder to begin with.
         extend: by how many positions the range may grow, to each side, while its best value is at its edge.
 
@@ -127,20 +119,18 @@ def search(
         The runs, and the best value, the smallest of equal ones; None while a run is not finished.
 
     Raises:
-        train.RunError: if runs with every value diverged.
+        train.RunError: if the runs diverged with every value.
     """
     lowest, highest = first - extend, last + extend
     while True:
-        runs = {k: runs_at(step_of(k)) for k in range(first, last + 1)}
-        everyone = [run for at in runs.values() for run in at]
+        runs = {k: run_at(step_of(k)) for k in range(first, last + 1)}
+        everyone = list(runs.values())
         if not all(run.finished() for run in everyone):
             return everyone, None
-        scores = {k: score(at, key) for k, at in runs.items()}
+        scores = {k: run.result().metrics[-1][key] for k, run in runs.items() if not run.result().failed}
+        if not scores:
+            raise train.RunError(f"no run of a grid came to an end: {everyone[0].name} to {everyone[-1].name}")
         best = max(scores, key=lambda k: scores[k])
-        if scores[best] == float("-inf"):
-            raise train.RunError(
-                f"no value of a grid has runs that all came to an end: {everyone[0].name} to {everyone[-1].name}"
-            )
         if best == first > lowest:
             first -= 1
         elif best == last < highest:
