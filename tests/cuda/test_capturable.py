@@ -7,12 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sam_fused.fused
-from sam_fused import FusedSAM
+from sam_fused import FusedMSAM, FusedSAM
 from sam_fused.bases import native_update
 from tests.helpers.cases import awkward, clones, set_grads
 from tests.helpers.dtypes import FULL
 from tests.helpers.place import DEVICE
-from tests.helpers.steps import steps_of_every_kind, with_scaler
+from tests.helpers.steps import one_pass_with_scaler, steps_of_every_kind, with_scaler
 
 
 @pytest.mark.parametrize("dtype", FULL, ids=str)
@@ -33,6 +33,47 @@ def test_a_learning_rate_in_a_tensor(base, options, dtype):
             o.second_step()
     assert all(torch.equal(p, q) for p, q in zip(mine, theirs, strict=True))
     assert opt.state[mine[0]].get("step", torch.zeros((), device=DEVICE)).device == DEVICE
+
+
+def test_a_learning_rate_in_a_tensor_in_one_pass():
+    mine = awkward(torch.float64)
+    theirs = clones(mine)
+    lr = torch.tensor(0.5)
+    opt = FusedMSAM(mine, torch.optim.Adam, lr=lr, rho=0.3, capturable=True)
+    plain = FusedMSAM(theirs, torch.optim.Adam, lr=0.5, rho=0.3)
+    for step in range(3):
+        lr.fill_(0.5 ** (step + 1))
+        plain.param_groups[0]["lr"] = 0.5 ** (step + 1)
+        for o, params in ((opt, mine), (plain, theirs)):
+            set_grads(params, step)
+            o.step()
+        assert all(torch.equal(p, q) for p, q in zip(mine, theirs, strict=True))
+    opt.eval()
+    plain.eval()
+    assert all(torch.equal(p, q) for p, q in zip(mine, theirs, strict=True))
+
+
+def test_errors_under_capture_in_one_pass(monkeypatch):
+    params = awkward(torch.float32)
+    set_grads(params, 0)
+    capturing = False
+    monkeypatch.setattr(sam_fused.fused, "_capturing", lambda: capturing)
+    for options, message in (
+        ({}, r"param_groups\[0\]: a CUDA graph is capturing .* capturable=True"),
+        ({"capturable": True}, r"state cannot be made in a CUDA graph: run a step before"),
+    ):
+        opt = FusedMSAM(params, torch.optim.Adam, rho=0.3, **options)
+        before = clones(params)
+        capturing = True
+        with pytest.raises(RuntimeError, match=message):
+            opt.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+        capturing = False
+        opt.step()
+        opt.eval()
+    opt.train()
+    capturing = True
+    opt.step()  # the state is there
 
 
 def test_errors_under_capture(monkeypatch):
@@ -84,6 +125,13 @@ def test_no_step_reads_a_value(base):
     opt, scaler = with_scaler(params, base)
     with NothingWaits():
         steps_of_every_kind(opt, scaler)
+
+
+def test_no_step_in_one_pass_reads_a_value():
+    params = awkward(torch.float32)
+    set_grads(params, 0)
+    with NothingWaits():
+        steps_of_every_kind(*one_pass_with_scaler(params))
 
 
 def test_reading_a_value_is_noticed():

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sam_fused import FusedSAM
+from sam_fused import FusedMSAM, FusedSAM
 from tests.cuda.gpu.toolkit import Skip, need_gpu
 from tests.helpers.dtypes import DTYPES
-from tests.helpers.steps import steps_of_every_kind, with_scaler
+from tests.helpers.steps import one_pass_with_scaler, steps_of_every_kind, with_scaler
 
 CPU = torch.device("cpu")
 Sizes = list[tuple[int, ...]]
@@ -247,42 +247,55 @@ def side_stream(device: torch.device, quick: bool) -> str:
     return "waits for what its stream does before"
 
 
+def replayed(device: torch.device, step: Callable[[], object], capture: bool) -> Callable[[], object]:
+    """What to call for a step, after one that makes the state: a graph of it, or the step itself."""
+    with on_a_stream_of_its_own(device):
+        step()
+    synchronize(device)
+    return captured(device, step) if capture else step
+
+
 def graph(device: torch.device, quick: bool) -> str:
-    """A step that a CUDA graph captured, with the learning rate changed between replays, against eager steps."""
-    results = []
-    for capture in (False, True):
-        params = parameters(device, lists()["quick" if quick else "resnet18"])
-        lr = torch.tensor(1e-3, device=device)
-        opt = FusedSAM(params, torch.optim.Adam, lr=lr, capturable=True)
-        targets = [p.grad.clone() for p in params]
-        perturbed = [torch.empty_like(p, requires_grad=False) for p in params]
+    """Steps that a CUDA graph captured, with the learning rate changed between replays, against eager steps."""
+    for cls in (FusedSAM, FusedMSAM):
+        results = []
+        for capture in (False, True):
+            params = parameters(device, lists()["quick" if quick else "resnet18"])
+            lr = torch.tensor(1e-3, device=device)
+            opt = cls(params, torch.optim.Adam, lr=lr, rho=0.05, capturable=True)
+            targets = [p.grad.clone() for p in params]
+            perturbed = [torch.empty_like(p, requires_grad=False) for p in params]
 
-        def step(opt=opt, params=params, targets=targets, perturbed=perturbed) -> None:
-            set_grads(params, targets)
-            opt.first_step()
-            with torch.no_grad():
-                torch._foreach_copy_(perturbed, params)
-            set_grads(params, targets)
-            opt.second_step()
+            def step(opt=opt, params=params, targets=targets, perturbed=perturbed) -> None:
+                if isinstance(opt, FusedSAM):
+                    set_grads(params, targets)
+                    opt.first_step()
+                with torch.no_grad():
+                    torch._foreach_copy_(perturbed, params)
+                set_grads(params, targets)
+                opt.step()
 
-        with on_a_stream_of_its_own(device):
-            step()
-        synchronize(device)
-        run = captured(device, step) if capture else step
-        results.append([])
-        for k in range(4):
-            lr.fill_(1e-3 / (k + 1))
-            run()
-            results[-1] += [t.clone() for t in perturbed]
-        results[-1] += [opt.state[params[0]]["step"], opt.mean_sharpness(), *(p.detach() for p in params)]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "replays differ from eager steps"
+            run = replayed(device, step, capture)
+            results.append([])
+            for k in range(4):
+                lr.fill_(1e-3 / (k + 1))
+                run()
+                results[-1] += [t.clone() for t in perturbed]
+            results[-1] += [opt.state[params[0]]["step"], *(p.detach().clone() for p in params)]
+            if isinstance(opt, FusedSAM):
+                results[-1].append(opt.mean_sharpness())
+            else:
+                opt.eval()
+                results[-1] += [p.detach() for p in params]
+        same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert same, f"{cls.__name__}: replays differ from eager steps"
     if device.type == "cuda":
         opt = FusedSAM(parameters(device, lists()["quick"]), torch.optim.Adam)
         opt.measure_sharpness()
         opt.step()
         with pytest.raises(RuntimeError, match="capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
             opt.second_step()
-    return "4 replays with a changing learning rate, perturbed weights too: the bits of eager steps"
+    return "4 replays with a changing learning rate, perturbed weights too, of SAM and Momentum-SAM: as eager steps"
 
 
 def training_graph(device: torch.device, quick: bool) -> str:
@@ -303,10 +316,7 @@ def training_graph(device: torch.device, quick: bool) -> str:
                 scaler.step(opt) if second else opt.first_step()
             scaler.update()
 
-        with on_a_stream_of_its_own(device):
-            step()
-        synchronize(device)
-        run = captured(device, step) if capture else step
+        run = replayed(device, step, capture)
         results.append([])
         for k in range(4):
             good = y[0, 0].clone()
@@ -323,8 +333,9 @@ def training_graph(device: torch.device, quick: bool) -> str:
 
 
 def no_synchronisation(device: torch.device, quick: bool) -> str:
-    for base in (torch.optim.SGD, torch.optim.AdamW):
-        opt, scaler = with_scaler(parameters(device, lists()["quick" if quick else "resnet18"]), base)
+    for base in (torch.optim.SGD, torch.optim.AdamW, None):
+        params = parameters(device, lists()["quick" if quick else "resnet18"])
+        opt, scaler = with_scaler(params, base) if base else one_pass_with_scaler(params)
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("error")
         try:
