@@ -1,12 +1,17 @@
-"""SAM on normalisation layers alone (SAM-ON)."""
+"""SAM on a part of the parameters: on normalisation layers alone (SAM-ON)."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from .distributed import is_dtensor
+from .parameters import name_of
 
 _LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NAMES = re.compile(r"Norm(\dd)?$")  # of other libraries' classes: LlamaRMSNorm, T5LayerNorm, LayerNorm2d
@@ -45,3 +50,26 @@ def norm_only(model: nn.Module, *, rho: float, **options: Any) -> list[dict[str,
         for chosen in (True, False)
         if chosen or any(p not in of_norms for _, p in named)
     ]
+
+
+@contextmanager
+def only_ascending(groups: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Parameters of groups with rho 0 ask for no gradients, which spares the backward pass their computation.
+
+    Raises:
+        RuntimeError: if one of them is a DTensor: FSDP2 would go on without its gradients.
+    """
+    resting = []
+    for g, group in enumerate(groups):
+        for i, p in enumerate(group["params"] if group["rho"] == 0 else ()):
+            if is_dtensor(p):
+                raise RuntimeError(f"lean_ascent: {name_of(groups, g, i)} is a DTensor, which is not supported")
+            if p.requires_grad:
+                resting.append(p)
+    try:
+        for p in resting:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in resting:
+            p.requires_grad_(True)

@@ -20,6 +20,7 @@ from .batchnorm import FrozenStatistics
 from .distributed import any_replica, unsynchronized
 from .fused import Fused
 from .geometry import radii
+from .groups import only_ascending
 from .reference import Reference
 
 
@@ -27,7 +28,7 @@ class SAM(Around):
     """What :class:`FusedSAM` and :class:`ReferenceSAM` share; see :class:`FusedSAM` for the arguments."""
 
     way_back = "call second_step() to finish the step or restore() to drop it"
-    kept = (*Around.kept, "scaler", "sync_perturbation", "_measured", "_total", "_without_sam_is_meant")
+    kept = (*Around.kept, "scaler", "sync_perturbation", "lean_ascent", "_measured", "_total", "_without_sam_is_meant")
 
     def __init__(
         self,
@@ -40,12 +41,16 @@ class SAM(Around):
         model: nn.Module | None = None,
         scaler: torch.amp.GradScaler | None = None,
         sync_perturbation: bool = False,
+        lean_ascent: bool = False,
         **base_kwargs: Any,
     ) -> None:
+        if lean_ascent and sync_perturbation:
+            raise ValueError("lean_ascent: expected False with sync_perturbation=True, which averages every gradient")
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
         self.scaler = scaler
         self.sync_perturbation = sync_perturbation
+        self.lean_ascent = lean_ascent
         options = {"rho": rho, "adaptive": adaptive, "eta": eta}
         super().__init__(params, base, options, model, base_kwargs)
         self._measured = torch.full((3,), math.nan, dtype=torch.float64, device=self._device())
@@ -95,7 +100,9 @@ class SAM(Around):
             )
         one_pass = self.perturbed or not any(radii(self.param_groups))
         if not one_pass:
-            with torch.enable_grad(), nullcontext() if self.sync_perturbation else unsynchronized(self.model):
+            alone = nullcontext() if self.sync_perturbation else unsynchronized(self.model)
+            lean = only_ascending(self.param_groups) if self.lean_ascent else nullcontext()
+            with torch.enable_grad(), alone, lean:
                 loss = closure()
         try:
             if not one_pass:
@@ -263,6 +270,8 @@ class FusedSAM(SAM):
         scaler: the ``torch.amp.GradScaler`` that scales the losses, if there is one: the sharpness is then reported
             unscaled, and an overflow in the first pass makes it back off too.
         sync_perturbation: average the first pass over the processes too: SAM on the whole batch.
+        lean_ascent: in :meth:`step` with a closure, the first pass takes no gradients of groups with rho 0. With
+            :func:`norm_only` it then costs about three quarters of a whole pass.
         base_kwargs: the base's own options, ``lr`` and the like.
 
     Raises:

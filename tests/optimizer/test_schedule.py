@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_fused import FusedMSAM, FusedSAM, LambdaRho, at_random, late, norm_only, warm_up
+from sam_fused import FusedMSAM, FusedSAM, LambdaRho, ReferenceSAM, at_random, groups, late, norm_only, warm_up
 from tests.helpers.networks import batch, loss_of, perceptron
 from tests.helpers.sam import both
 
@@ -228,6 +228,54 @@ def test_norm_only_moves_nothing_else(cls):
             opt.train()
         assert moved == [False, False, True, True, False, False]
         assert opt.param_groups[0]["param_names"] == ["1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("cls", [FusedSAM, ReferenceSAM])
+def test_a_lean_ascent_is_the_same_step(cls):
+    """The first pass takes no gradients where nothing is perturbed; weights, state and sharpness are the same bits."""
+    ends, asked = [], []
+    for lean in (False, True):
+        model = perceptron(1).double()
+        model[0].bias.requires_grad_(False)
+        opt = cls(norm_only(model, rho=0.5), torch.optim.Adam, lr=0.05, model=model, lean_ascent=lean)
+
+        def closure(model=model, opt=opt) -> torch.Tensor:
+            opt.zero_grad()
+            loss = loss_of(model, *batch(len(asked) // 2))
+            loss.backward()
+            asked.append([p.grad is not None for p in model.parameters()])
+            return loss
+
+        del asked[:]
+        sharpness = [(opt.step(closure), opt.sharpness.clone())[1] for _ in range(3)]
+        ends.append([*sharpness, *model.parameters(), *(t for s in opt.state.values() for t in s.values())])
+        first = [False, False, True, True, False, False] if lean else [True, False, True, True, True, True]
+        assert asked == [first, [True, False, True, True, True, True]] * 3
+        assert [p.requires_grad for p in model.parameters()] == [True, False, True, True, True, True]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_a_lean_ascent_that_raises_asks_for_gradients_again():
+    model = perceptron(1)
+    opt = FusedSAM(norm_only(model, rho=0.5), torch.optim.Adam, lean_ascent=True)
+
+    def closure():
+        assert not model[0].weight.requires_grad
+        raise RuntimeError("no loss")
+
+    with pytest.raises(RuntimeError, match="no loss"):
+        opt.step(closure)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_lean_ascent_that_cannot_be(monkeypatch):
+    model = perceptron(1)
+    with pytest.raises(ValueError, match="lean_ascent: expected False with sync_perturbation"):
+        FusedSAM(norm_only(model, rho=0.5), lean_ascent=True, sync_perturbation=True)
+    opt = FusedSAM(norm_only(model, rho=0.5), lean_ascent=True)
+    monkeypatch.setattr(groups, "is_dtensor", lambda p: True)
+    with pytest.raises(RuntimeError, match=r"lean_ascent: 0.weight is a DTensor"):
+        opt.step(lambda: None)
 
 
 def test_norm_only_without_a_normalisation_layer():
