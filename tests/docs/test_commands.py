@@ -15,6 +15,7 @@ import sys
 
 import pytest
 
+from sam_fused.fused import BUILD_COMMAND
 from tests.docs.pages import PAGES, Block, blocks
 from tests.experiments.test_train import folder
 from tests.helpers.paths import ROOT
@@ -51,7 +52,8 @@ def test_command(at, monkeypatch):
             done = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
         case ["pip", "install", *_]:
-            pass  # test_package.py builds; what else is installed is not ours
+            # test_package.py builds; with isolation pip would build against another torch
+            assert "." not in words or "--no-build-isolation" in words
         case ["python", "-m", module, *arguments]:
             parses(module, arguments, monkeypatch)
         case ["python", "train.py", *_] | ["torchrun", "--nproc-per-node", _, "train.py", *_]:
@@ -115,8 +117,9 @@ def test_commands_are_found():
 
 
 def test_commands_in_the_text():
-    """``python -m`` and ``make`` in a line of text: the module and the target are there."""
+    """In a line of text: the modules, the targets and the scripts are there."""
     makefile = (ROOT / "Makefile").read_text()
+    assert BUILD_COMMAND in (ROOT / "README.md").read_text()
     for page in PAGES:
         for module in re.findall(r"`python -m ([\w.]+)", page.read_text()):
             assert importlib.util.find_spec(module), f"{page.name}: {module}"
