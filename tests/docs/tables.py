@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -40,17 +41,44 @@ LISTS = {
     "1000x100": "1000 tensors of 100",
 }
 #: The columns of step.json, ours first; it may lack some of them.
-RIVALS = {
+COLUMNS = {
     "FusedSAM": "FusedSAM",
     "davda54/sam": "davda54/sam",
     "pytorch_optimizer SAM": "pytorch_optimizer SAM + Adam",
     "pytorch_optimizer SAM, fused=True": "the same, `fused=True`",
     "foreach + fused base": "`_foreach_` + fused Adam",
+    "FusedMSAM": "FusedMSAM",
+    "base, fused=True": "Adam alone, `fused=True`",
 }
 
 
-def measured(among: Iterable[str]) -> list[str]:
-    return [name for name in RIVALS if name in among]
+def columns(of: Iterable[str]) -> list[str]:
+    return [name for name in COLUMNS if name in of]
+
+
+def median(times: Any) -> float:
+    """Of the rounds' times, or as it was written."""
+    return times["median"] if isinstance(times, dict) else statistics.median(times)
+
+
+def half_range(times: Any) -> float:
+    """Half the interquartile range."""
+    if isinstance(times, dict):
+        return times["iqr"] / 2
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / 2
+
+
+def ratio(cell: dict[str, Any], name: str, to: str) -> float:
+    """The median of the rounds' ratios, or that of the medians."""
+    ms = cell["ms"]
+    if isinstance(ms[name], dict):
+        return ms[name]["median"] / ms[to]["median"]
+    return statistics.median(a / b for a, b in zip(ms[name], ms[to], strict=True))
+
+
+def rounds(cell: dict[str, Any]) -> int:
+    return cell["rounds"] if "rounds" in cell else len(next(iter(cell["ms"].values())))
 
 
 def digits(x: float, like: float = 0) -> str:
@@ -58,50 +86,53 @@ def digits(x: float, like: float = 0) -> str:
     return f"{x:.0f}" if max(x, like) >= 100 else f"{x:.1f}"
 
 
-def step_rows() -> list[dict[str, Any]]:
+def step_cells() -> list[dict[str, Any]]:
     """Of SAM + Adam, in the order of LISTS."""
-    rows = [r for r in read("bench/step.json")["results"] if r["base"] == "adam" and not r["adaptive"]]
-    return sorted(rows, key=lambda r: (list(LISTS).index(r["list"]), r["threads"]))
+    held = read("bench/step.json")
+    cells = [c for c in held.get("cells", held.get("results")) if c["base"] == "adam" and not c["adaptive"]]
+    return sorted(cells, key=lambda c: (list(LISTS).index(c["list"]), c["threads"]))
 
 
-def times(r: dict[str, Any], columns: Iterable[str]) -> list[str]:
-    ours = r["ms"]["FusedSAM"]
-    cells = [f"{digits(ours['median'])} ± {digits(ours['iqr'] / 2, ours['median'])}"]
-    for name in list(columns)[1:]:
-        theirs = r["ms"][name]["median"]
-        ratio = theirs / ours["median"]
-        cells.append(f"{digits(theirs)} ({ratio:.{ratio < 10:d}f}x)")
-    return cells
+def times(cell: dict[str, Any], names: list[str]) -> list[str]:
+    ours, *others = names
+    middle = median(cell["ms"][ours])
+    words = [f"{digits(middle)} ± {digits(half_range(cell['ms'][ours]), middle)}"]
+    for name in others:
+        over = ratio(cell, name, ours)
+        words.append(f"{digits(median(cell['ms'][name]))} ({over:.{over < 9.95:d}f}x)")
+    return words
 
 
-def size_of(r: dict[str, Any]) -> str:
-    name = LISTS[r["list"]]
-    return name if r["list"][0].isdigit() else f"{name}, {r['tensors']} tensors, {r['numel'] / 1e6:.1f} M"
+def size_of(cell: dict[str, Any]) -> str:
+    name = LISTS[cell["list"]]
+    return name if name[0].isdigit() else f"{name}, {cell['tensors']} tensors, {cell['numel'] / 1e6:.1f} M"
 
 
 def step() -> list[str]:
-    rows = step_rows()
-    columns = measured(rows[0]["ms"])
-    header = ["list", "threads", "n", *(RIVALS[name] for name in columns), "time / floor"]
-    floor = [f"{r['ms']['FusedSAM']['median'] / r['floor_ms']:.2f}" if "floor_ms" in r else "" for r in rows]
-    return table(
-        header,
-        ([size_of(r), r["threads"], r["rounds"], *times(r, columns), f] for r, f in zip(rows, floor, strict=True)),
-    )
+    cells = step_cells()
+    names = columns(cells[0]["ms"])
+
+    def row(c: dict[str, Any]) -> list[Any]:
+        floor = f"{median(c['ms']['FusedSAM']) / c['floor_ms']:.2f}" if "floor_ms" in c else ""
+        return [size_of(c), c["threads"], rounds(c), *times(c, names), floor]
+
+    return table(["list", "threads", "n", *(COLUMNS[name] for name in names), "time / floor"], map(row, cells))
 
 
 def step_short() -> list[str]:
-    most = max(r["threads"] for r in step_rows())
-    rows = [r for r in step_rows() if r["threads"] == most and r["list"] != "vgg16"]
-    columns = measured(rows[0]["ms"])
-    return table(["", *(RIVALS[name] for name in columns)], ([size_of(r), *times(r, columns)] for r in rows))
+    most = max(c["threads"] for c in step_cells())
+    cells = [c for c in step_cells() if c["threads"] == most and c["list"] != "vgg16"]
+    names = columns(cells[0]["ms"])
+    return table(
+        ["", "n", *(COLUMNS[name] for name in names)], ([size_of(c), rounds(c), *times(c, names)] for c in cells)
+    )
 
 
 def memory() -> list[str]:
-    rows = {r["list"]: r for r in step_rows()}.values()
-    columns = measured(next(iter(rows))["peak_extra"])
-    header = ["list", *(RIVALS[name] for name in columns)]
-    return table(header, ([LISTS[r["list"]], *(f"{r['peak_extra'][name]:.2f}" for name in columns)] for r in rows))
+    cells = {c["list"]: c["peak_extra"] for c in step_cells() if "peak_extra" in c}
+    names = columns(next(iter(cells.values())))
+    rows = ([LISTS[n], *(f"{extra[name]:.2f}" for name in names)] for n, extra in cells.items())
+    return table(["list", *(COLUMNS[name] for name in names)], rows)
 
 
 STEPS = {
@@ -116,28 +147,31 @@ STEPS = {
     "pytorch_optimizer SAM, fused=True": "pytorch_optimizer SAM, `fused=True`",
     "foreach + fused base": "`_foreach_` + fused Adam",
 }
+ARCHS = {"resnet18": "ResNet-18", "vgg16": "VGG16"}
+PASS = "forward + backward"
 
 
-def training(only: str = "", least: int = 0) -> list[str]:
-    networks = [n for n in read("bench/train.json")["networks"] if n["width"] >= least]
-    header = ["", *(f"{n['arch']}, width {n['width']}, n = {n['rounds']}" for n in networks)]
-    header = [title.replace("resnet18", "ResNet-18").replace("vgg16", "VGG16") for title in header]
+def training() -> list[str]:
+    networks = read("bench/train.json")["networks"]
+    header = ["", *(f"{ARCHS[n['arch']]}, width {n['width']}, n = {rounds(n)}" for n in networks)]
 
     def over(n: dict[str, Any], name: str) -> str:
-        return f"{n['seconds'][name] / n['seconds']['forward + backward']:.2f}"
+        return f"{ratio(n, name, PASS) if 'ms' in n else n['seconds'][name] / n['seconds'][PASS]:.2f}"
 
-    shown = [name for name in STEPS if name in networks[0]["seconds"] and name.startswith(only)]
+    shown = [name for name in STEPS if name in networks[0].get("ms", networks[0].get("seconds"))]
     return table(header, ([STEPS[name], *(over(n, name) for n in networks)] for name in shown))
 
 
 def cost() -> list[str]:
-    return training(only="Fused", least=64)
+    """Our rows of it."""
+    return [line for i, line in enumerate(training()) if i < 2 or line.startswith("| Fused")]
 
 
 def pipeline() -> list[str]:
     made = read("bench/train.json")["input"]
-    header = ["", f"images a second, n = {made['rounds']}"]
-    return table(header, ((name, f"{speed:,.0f}") for name, speed in made["images_per_second"].items()))
+    speeds = made.get("images_per_second") or {n: 1 / median(ms) for n, ms in made["ms"].items()}
+    ours = speeds["train.py"]
+    return table(["", f"time, n = {rounds(made)}"], ((n, f"{ours / speed:.1f}x") for n, speed in speeds.items()))
 
 
 # ---- Table I ----
@@ -220,9 +254,9 @@ def gpu() -> list[str]:
     for line in printed.splitlines()[2:]:
         network, name, launches, _, ms = line.strip("| ").split(" | ")
         costs.setdefault(network, {})[name] = f"{ms} ms, {launches}"
-    columns = measured(next(iter(costs.values())))
-    header = ["time, launches", *(RIVALS[name] for name in columns)]
-    return table(header, ([network, *(cells[name] for name in columns)] for network, cells in costs.items()))
+    names = columns(next(iter(costs.values())))
+    header = ["time, launches", *(COLUMNS[name] for name in names)]
+    return table(header, ([network, *(cells[name] for name in names)] for network, cells in costs.items()))
 
 
 def noise() -> list[str]:
