@@ -8,6 +8,7 @@ made here.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import re
@@ -292,6 +293,7 @@ def renewed(text: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for page in PAGES:
         page.write_text(renewed(page.read_text()))
 
