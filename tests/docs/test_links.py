@@ -44,6 +44,16 @@ def test_files_that_are_named(page):
     assert not missing
 
 
+def test_the_map_is_whole():
+    """Every source file has its line in docs/architecture.md, and every extra its name in CONTRIBUTING.md."""
+    shown = (ROOT / "docs" / "architecture.md").read_text()
+    sources = [*(ROOT / "csrc").iterdir(), *(ROOT / "sam_fused").glob("*.py")]
+    assert not [p.name for p in sources if p.name not in shown and p.name != "__init__.py"]
+    extras = re.search(r"optional-dependencies\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
+    shown = (ROOT / "CONTRIBUTING.md").read_text()
+    assert not [extra for extra in re.findall(r"^(\w+) =", extras, re.MULTILINE) if f"`{extra}`" not in shown]
+
+
 def test_links_are_found():
     """From the README to every page."""
     readme = (ROOT / "README.md").read_text()
