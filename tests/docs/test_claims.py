@@ -1,0 +1,161 @@
+"""What the text says of Table I and of sharpness is what the committed runs say."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from benchmarks.paper import sharpness_study as study
+from benchmarks.paper.runs import NETWORKS, Result, by_cell, read_runs
+from tests.docs.tables import RECIPES, RESULTS, cells_of
+from tests.helpers.paths import ROOT
+
+RUNS = {recipe: by_cell(r for r in read_runs(RESULTS / f"cpu-{recipe}") if not r.in_grid) for recipe in RECIPES}
+HELD = {recipe: json.loads((RESULTS / f"cpu-{recipe}" / "sharpness.json").read_text()) for recipe in RECIPES}
+RHO = {recipe: study.recipe_of(next(iter(RUNS[recipe].values()))[0].settings)[0] for recipe in RECIPES}
+WORDS = "none, one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve"
+IN_WORDS = dict(enumerate(WORDS.split(", ")))
+Value = Callable[[str, Result], float]
+
+
+def last(key: str) -> Value:
+    return lambda recipe, r: r.metrics[-1][key]
+
+
+def measured(kind: str) -> Value:
+    return lambda recipe, r: HELD[recipe][r.name][-1][kind]
+
+
+def recorded(recipe: str, r: Result) -> float:
+    return r.sharpness(RHO[recipe])[-1]
+
+
+def mean(recipe: str, cell: tuple[str, str], value: Value) -> float:
+    return statistics.mean(value(recipe, r) for r in RUNS[recipe][cell])
+
+
+def differences(value: Value, recipes: Iterable[str] = RECIPES) -> list[float]:
+    """SAM's mean over the seeds, less its base's: for each recipe, network and base."""
+    return [
+        mean(recipe, (network, f"{base}+sam"), value) - mean(recipe, (network, base), value)
+        for recipe in recipes
+        for network in NETWORKS
+        for base in ("sgd", "adam")
+    ]
+
+
+def lower(value: Value, recipes: Iterable[str] = RECIPES) -> str:
+    return IN_WORDS[sum(x < 0 for x in differences(value, recipes))]
+
+
+def over(a: Value, b: Value, recipes: Iterable[str] = RECIPES, optimizers: str = "") -> list[float]:
+    """a / b of each cell's means; of the optimizers whose names match."""
+    return [
+        mean(recipe, cell, a) / mean(recipe, cell, b)
+        for recipe in recipes
+        for cell in RUNS[recipe]
+        if re.search(optimizers, cell[1])
+    ]
+
+
+def span(values: Iterable[float], digits: int = 2) -> str:
+    values = list(values)
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def adam_beats_sgd() -> str:
+    accuracy = last("test_acc")
+    pairs = [
+        (mean(recipe, (network, "adam+sam"), accuracy), mean(recipe, (network, "sgd+sam"), accuracy))
+        for recipe in RECIPES
+        for network in NETWORKS
+    ]
+    return IN_WORDS[sum(a > b for a, b in pairs)]
+
+
+def intervals_without_0() -> tuple[str, set[str]]:
+    rows = [(cell[1], row) for recipe in RECIPES for cell, row in cells_of(recipe).items() if row["interval_low"]]
+    found = [name for name, row in rows if float(row["interval_low"]) > 0 or float(row["interval_high"]) < 0]
+    return IN_WORDS[len(found)], set(found)
+
+
+def by_rho(recipe: str) -> dict[tuple[str, str], dict[float, float]]:
+    return {cell: study.ratios(HELD[recipe], runs) for cell, runs in RUNS[recipe].items()}
+
+
+SAM_GEOMETRY = ("paper-text", "fair")
+
+
+def realised(at: float, recipes: Iterable[str]) -> list[float]:
+    return [ratios[at] for recipe in recipes for ratios in by_rho(recipe).values()]
+
+
+def at_equal_loss(*pairs: tuple[str, str]) -> list[float]:
+    found = []
+    for recipe in RECIPES:
+        for network in NETWORKS:
+            for one, other in pairs:
+                cells = [{r.settings["seed"]: r for r in RUNS[recipe][network, name]} for name in (one, other)]
+                found += [study.at_equal_loss(cells[0][seed], cells[1][seed])[1] for seed in cells[0]]
+    return found
+
+
+def trend(optimizer: str) -> dict[str, list[float]]:
+    """Recorded sharpness over the first epoch's: the lowest and the last of each run."""
+    runs = [r for recipe in RECIPES for (_, name), rs in RUNS[recipe].items() if name == optimizer for r in rs]
+    curves = [[x / r.sharpness(1)[0] for x in r.sharpness(1)] for r in runs]
+    return {"lowest": [min(c) for c in curves], "last": [c[-1] for c in curves]}
+
+
+EQUAL = at_equal_loss(("sgd", "sgd+sam"), ("adam", "adam+sam"))
+CLAIMS = {
+    "docs/reproduction.md": [
+        f"SAM's sharpness in the last epoch is lower in all {lower(recorded)} comparisons",
+        f"Adam + SAM is more accurate than SGD + SAM in all {adam_beats_sgd()}",
+        f"{lower(last('test_acc')).capitalize()} of the twelve differences are negative",
+        f"and {intervals_without_0()[0]} of their intervals exclude 0, all of SGD",
+        f"SAM lowers the test loss in {lower(last('test_loss'))} of twelve, all",
+        f"all {lower(last('test_loss'), ['fair'])} of `fair` among them",
+        f"higher training loss, in all {IN_WORDS[sum(x > 0 for x in differences(last('train_loss')))]}",
+    ],
+    "README.md": [
+        f"flatter in all {lower(recorded)} comparisons",
+        f"SGD + SAM in all {adam_beats_sgd()}",
+    ],
+    "docs/choosing.md": [f"here in all {IN_WORDS[sum(x > 0 for x in differences(last('train_loss')))]} comparisons"],
+    "docs/sharpness.md": [
+        f"the realised and the average sharpness in all {lower(measured('realised'))} comparisons",
+        f"the first-order one in {lower(measured('first_order'))}",
+        f"is {span(over(recorded, measured('first_order')), 1)} times the first-order sharpness",
+        f"realised rise is {span(realised(0.05, SAM_GEOMETRY))} times the first-order value",
+        f"below 1 in {sum(x < 1 for x in EQUAL)} of {len(EQUAL)} pairs of runs ({span(x for x in EQUAL if x < 1)})",
+        f"at rho 2 it is {span(realised(2.0, ['paper-code']), 1)}",
+        f"plain SGD's falls, to {span(trend('sgd')['lowest'])} of the first epoch's",
+        f"to {span(trend('sgd')['last'])} of it in the end",
+        f"then rises, to {min(trend('adam')['last']):.2f} to {max(trend('adam')['last']):.1f} times the first epoch's",
+    ],
+}
+
+
+@pytest.mark.parametrize(("page", "claim"), [(page, claim) for page, claims in CLAIMS.items() for claim in claims])
+def test_claim(page, claim):
+    assert claim in " ".join((ROOT / page).read_text().split())
+
+
+def test_the_intervals_are_of_sgd():
+    assert intervals_without_0()[1] == {"sgd+sam"}
+
+
+def test_both_measures_agree():
+    """ "the realised and the average sharpness": of one number."""
+    assert lower(measured("realised")) == lower(measured("average"))
+
+
+def test_the_average_is_far_smaller():
+    ratios = [1 / x for x in over(measured("average"), measured("first_order"), SAM_GEOMETRY)]
+    text = (ROOT / "docs" / "sharpness.md").read_text()
+    assert f"1/{min(ratios):.0f} to 1/{max(ratios):.0f} of" in text
