@@ -24,11 +24,11 @@ test: $(VENV)/.with-test
 test-fast: $(VENV)/.with-test
 	$(PYTEST) -m 'not slow'
 
-# Some ten minutes on two cores; leave the machine alone meanwhile.
+# Some ten minutes on two cores; leave the machine alone meanwhile. It fails, after all three, if one was disturbed.
 bench: $(VENV)/.with-bench
-	$(BIN)/python -m benchmarks.speed.step --out $(RESULTS)
-	$(BIN)/python -m benchmarks.speed.training --out $(RESULTS)
-	$(BIN)/python -m benchmarks.speed.scaling --out $(RESULTS)
+	failed=0; for what in step training scaling; do \
+	  $(BIN)/python -m benchmarks.speed.$$what --out $(RESULTS) || failed=1; \
+	done; exit $$failed
 
 # On a machine with a GPU. Its report, to be committed: make gpu-check OUT=results/gpu/h100.md
 gpu-check: $(VENV)/.with-test

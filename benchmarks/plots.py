@@ -58,3 +58,15 @@ def legend_above(figure: plt.Figure) -> None:
     }
     if by_label:
         figure.legend(by_label.values(), by_label.keys(), loc="outside upper center", ncols=len(by_label))
+
+
+def bars(axes: plt.Axes, names: list[str], values: list[float], words: list[str], colours: list[str]) -> None:
+    """A horizontal bar a name, the first on top, with ``words`` behind it."""
+    drawn = axes.barh(range(len(names)), values, color=colours)
+    axes.bar_label(drawn, words, padding=3, fontsize=9)
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_xlim(0, 1.55 * max(values))
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.yaxis.set_inverted(True)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)

@@ -1,83 +1,62 @@
-// The machine's memory bandwidth, by the plainest kernels that can be had: what an optimizer step is measured against.
-// Built at run time by floor.py. Each kernel runs in parallel over equal parts of its arrays of float32, whose sizes
-// are multiples of 16 and whose data is aligned to 16 bytes. SSE is enough: memory is the limit, not arithmetic.
+// The plainest kernel with a given mix of reads and writes: what an optimizer step's memory traffic costs at least.
+// Built at run time by floor.py, for this very processor. Arrays of float32, whose sizes are multiples of 64 and whose
+// data is aligned to 64 bytes; the threads take equal parts.
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
+#ifdef __SSE__
 #include <xmmintrin.h>
+#endif
 
-#include <atomic>
+#include <algorithm>
+#include <vector>
 
 namespace {
 
-// f(begin, end) over parts that are multiples of 16 elements.
-template <class F>
-void parallel(int64_t n, const F& f) {
-  const int64_t lines = n / 16;
-  at::parallel_for(0, lines, lines / at::get_num_threads() + 1, [&](int64_t b, int64_t e) { f(16 * b, 16 * e); });
+typedef float Line __attribute__((vector_size(64)));  // a line of the cache
+
+void store_past_cache(float* to, const Line& x) {
+#ifdef __SSE__
+  for (int k = 0; k < 4; ++k) _mm_stream_ps(to + 4 * k, reinterpret_cast<const __m128*>(&x)[k]);
+#else
+  *reinterpret_cast<Line*>(to) = x;
+#endif
 }
 
-// Reads.
-int64_t sum(const at::Tensor& x) {
-  const float* p = x.const_data_ptr<float>();
-  std::atomic<int64_t> total{0};
-  parallel(x.numel(), [&](int64_t b, int64_t e) {
-    __m128 s[4] = {};
-    for (int64_t i = b; i < e; i += 16)
-      for (int k = 0; k < 4; ++k) s[k] = _mm_add_ps(s[k], _mm_load_ps(p + i + 4 * k));
-    total += _mm_cvtss_si32(_mm_add_ps(_mm_add_ps(s[0], s[1]), _mm_add_ps(s[2], s[3])));
+// The mean of ``reads``, element by element, goes to every one of ``writes``, and past the cache to ``streams``; an
+// array may be read and written. Returns a sum of all that was read, so that reading alone is not nothing.
+double move(const std::vector<at::Tensor>& reads, std::vector<at::Tensor> writes, std::vector<at::Tensor> streams) {
+  std::vector<const float*> from;
+  std::vector<float*> to, past;
+  for (const auto& t : reads) from.push_back(t.const_data_ptr<float>());
+  for (auto& t : writes) to.push_back(t.data_ptr<float>());
+  for (auto& t : streams) past.push_back(t.data_ptr<float>());
+  const int64_t blocks = reads[0].numel() / 64;
+  const float share = 1.0f / from.size();
+  std::vector<double> sums(at::get_num_threads());
+  // 100,000 elements are not worth a second thread.
+  const int64_t grain = std::max<int64_t>(blocks / at::get_num_threads() + 1, 4096);
+  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    Line sum[4] = {};
+    for (int64_t i = 64 * begin; i < 64 * end; i += 64) {
+      Line x[4] = {};
+      for (const float* p : from)
+        for (int k = 0; k < 4; ++k) x[k] += *reinterpret_cast<const Line*>(p + i + 16 * k);
+      for (int k = 0; k < 4; ++k) sum[k] += x[k] *= share;
+      for (float* p : to)
+        for (int k = 0; k < 4; ++k) *reinterpret_cast<Line*>(p + i + 16 * k) = x[k];
+      for (float* p : past)
+        for (int k = 0; k < 4; ++k) store_past_cache(p + i + 16 * k, x[k]);
+    }
+#ifdef __SSE__
+    _mm_sfence();
+#endif
+    sums[at::get_thread_num()] = sum[0][0] + sum[1][0] + sum[2][0] + sum[3][0];
   });
+  double total = 0;
+  for (double s : sums) total += s;
   return total;
-}
-
-// Writes past the cache.
-void fill(at::Tensor to) {
-  float* p = to.data_ptr<float>();
-  const __m128 one = _mm_set1_ps(1);
-  parallel(to.numel(), [&](int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; i += 4) _mm_stream_ps(p + i, one);
-    _mm_sfence();
-  });
-}
-
-// Reads one array, writes another past the cache.
-void copy(at::Tensor to, const at::Tensor& from) {
-  float* d = to.data_ptr<float>();
-  const float* s = from.const_data_ptr<float>();
-  parallel(to.numel(), [&](int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; i += 4) _mm_stream_ps(d + i, _mm_load_ps(s + i));
-    _mm_sfence();
-  });
-}
-
-// Reads two arrays, writes a third past the cache.
-void triad(at::Tensor to, const at::Tensor& x, const at::Tensor& y) {
-  float* d = to.data_ptr<float>();
-  const float *p = x.const_data_ptr<float>(), *q = y.const_data_ptr<float>();
-  const __m128 half = _mm_set1_ps(0.5f);
-  parallel(to.numel(), [&](int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; i += 4)
-      _mm_stream_ps(d + i, _mm_add_ps(_mm_load_ps(p + i), _mm_mul_ps(half, _mm_load_ps(q + i))));
-    _mm_sfence();
-  });
-}
-
-// Reads two arrays and writes one of them in place.
-void add(at::Tensor to, const at::Tensor& x) {
-  float* d = to.data_ptr<float>();
-  const float* p = x.const_data_ptr<float>();
-  const __m128 half = _mm_set1_ps(0.5f);
-  parallel(to.numel(), [&](int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; i += 4)
-      _mm_store_ps(d + i, _mm_add_ps(_mm_mul_ps(half, _mm_load_ps(d + i)), _mm_load_ps(p + i)));
-  });
 }
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("sum", &sum);
-  m.def("fill", &fill);
-  m.def("copy", &copy);
-  m.def("triad", &triad);
-  m.def("add", &add);
-}
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("move", &move); }

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import pickle
-import sys
 import textwrap
 import warnings
 from collections import Counter
@@ -35,6 +33,7 @@ import train
 from sam_fused import FusedSAM
 
 from ..tables import table
+from .rivals import davda54_sam
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,7 @@ class Library:
 def libraries(davda54: Path | None) -> list[Library]:
     found = [Library("FusedSAM", FusedSAM, ("model", "scaler"))]
     if davda54 is not None:
-        spec = importlib.util.spec_from_file_location("davda54_sam", davda54)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["davda54_sam"] = module  # or its optimizers could not be pickled
-        spec.loader.exec_module(module)
-        found.append(Library("davda54/sam", module.SAM, gradients_first=True))
+        found.append(Library("davda54/sam", davda54_sam(davda54), gradients_first=True))
     found.append(
         Library(f"pytorch_optimizer {version('pytorch_optimizer')}", pytorch_optimizer.SAM, gradients_first=True)
     )

@@ -1,41 +1,64 @@
-"""The least time that a step's memory traffic can take here: bytes that must move over the best measured bandwidth."""
+"""The least time that a step's memory traffic can take here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.cpp_extension import load
 
 from .rivals import update_of
 
-FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-Wno-psabi"]
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-Wno-psabi"]
 
-# Streams of 4 bytes a parameter, read or written (float32).
-NORM = {False: 1, True: 2}  # g, and for ASAM w
-PERTURB = 4  # reads w, g; writes w, backup
+
+def traffic(base: str, adaptive: bool) -> dict[str, tuple[list[str], list[str]]]:
+    """What each part of a step reads and writes, all of it once: arrays as large as the parameters together."""
+    states = [f"state {i}" for i in range(len(update_of(base).state))]
+    return {
+        "norm": (["g", "w"] if adaptive else ["g"], []),
+        "perturb": (["w", "g"], ["w", "backup"]),
+        "update": (["backup", "g", *states], ["w", *states]),
+    }
 
 
 def streams(base: str, adaptive: bool) -> int:
-    update = 3 + 2 * len(update_of(base).state)  # reads backup, g, states; writes w, states
-    return NORM[adaptive] + PERTURB + update
+    """Values read or written for each parameter: 12 for SAM + Adam."""
+    return sum(len(reads) + len(writes) for reads, writes in traffic(base, adaptive).values())
 
 
-class Bandwidth:
-    """Plain kernels over arrays as large as the parameters together; each is a callable and the bytes it moves."""
+class Floor:
+    """The parts of a step done by the plainest kernel: the same reads and writes, and an addition for arithmetic.
 
-    def __init__(self, numel: int) -> None:
-        here = Path(__file__).parent
-        kernels = load("sam_fused_bandwidth", [str(here / "bandwidth.cpp")], extra_cflags=FLAGS)
-        n = max(numel // 16 * 16, 16)
-        x, y, z = (torch.ones(n) for _ in range(3))
-        self.kernels: dict[str, tuple[Callable[[], object], int]] = {
-            "sum": (lambda: kernels.sum(x), 4 * n),
-            "fill, non-temporal": (lambda: kernels.fill(z), 4 * n),
-            "copy, non-temporal": (lambda: kernels.copy(z, x), 8 * n),
-            "triad, non-temporal": (lambda: kernels.triad(z, x, y), 12 * n),
-            "add in place": (lambda: kernels.add(x, y), 12 * n),
-            "torch copy_": (lambda: z.copy_(x), 8 * n),
-            "torch add_": (lambda: x.add_(y, alpha=1e-9), 12 * n),
-        }
+    A call does the three parts one after the other, as a step does, so that each finds in the caches what a step would
+    find. It does so in three ways: with all stores through the cache, with those past it that write what was not read,
+    and with all of them past it. The floor is the sum of each part's least time, over the three ways and all calls.
+    Nothing can do the same traffic in less, and one undisturbed call of a part is enough: so every time over the floor
+    is at least 1. A cell in which FusedSAM was once below it is marked, for then the floor had no such call.
+    """
+
+    def __init__(self, numel: int, base: str, adaptive: bool) -> None:
+        self.move = load("sam_fused_move", [str(Path(__file__).parent / "bandwidth.cpp")], extra_cflags=FLAGS).move
+        parts = traffic(base, adaptive)
+        self.least = dict.fromkeys(parts, float("inf"))  # seconds
+        n = max(numel // 64 * 64, 64)
+        names = sorted({name for reads, writes in parts.values() for name in (*reads, *writes)})
+        # 1 KiB further each: at equal addresses modulo 4 KiB, loads would wait for stores that are not theirs.
+        held = {name: torch.ones(n + 256 * i)[256 * i :] for i, name in enumerate(names)}
+        self.plan: list[tuple[str, tuple[list[Tensor], ...]]] = []
+        for way in (lambda name, reads: False, lambda name, reads: name not in reads, lambda name, reads: True):
+            for part, (reads, writes) in parts.items():
+                split = [n for n in writes if not way(n, reads)], [n for n in writes if way(n, reads)]
+                self.plan.append((part, tuple([held[name] for name in names] for names in (reads, *split))))
+
+    def __call__(self) -> None:
+        for part, arrays in self.plan:
+            start = time.perf_counter()
+            self.move(*arrays)
+            self.least[part] = min(self.least[part], time.perf_counter() - start)
+
+    @property
+    def ms(self) -> float:
+        return 1e3 * sum(self.least.values())

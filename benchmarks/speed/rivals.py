@@ -1,8 +1,15 @@
-"""What FusedSAM is measured against, all with first_step and second_step."""
+"""What FusedSAM is measured against."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import itertools
+import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytorch_optimizer
@@ -53,7 +60,7 @@ class ForeachSAM:
         self.base.step()
 
 
-#: label: make(params, base class, adaptive, options of the base)
+#: Those with first_step and second_step; label: make(params, base class, adaptive, options of the base)
 RIVALS: dict[str, Callable[..., Any]] = {
     "pytorch_optimizer SAM": lambda p, b, a, **o: pytorch_optimizer.SAM(p, b, rho=RHO, adaptive=a, **o),
     "pytorch_optimizer SAM, fused=True": lambda p, b, a, **o: pytorch_optimizer.SAM(
@@ -63,6 +70,39 @@ RIVALS: dict[str, Callable[..., Any]] = {
     "ReferenceSAM": lambda p, b, a, **o: ReferenceSAM(p, b, rho=RHO, adaptive=a, **o),
     "FusedSAM": lambda p, b, a, **o: FusedSAM(p, b, rho=RHO, adaptive=a, **o),
 }
+
+
+def davda54_sam(path: Path) -> type:
+    """The optimizer of a user's own copy of davda54/sam's sam.py, a repository that is on no index."""
+    spec = importlib.util.spec_from_file_location("davda54_sam", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise SystemExit(f"--davda54: expected the path of davda54/sam's sam.py, got {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["davda54_sam"] = module  # or its optimizers could not be pickled
+    spec.loader.exec_module(module)
+    return module.SAM
+
+
+def heavyball() -> ModuleType | None:
+    """HeavyBall, if it is installed."""
+    return importlib.import_module("heavyball") if importlib.util.find_spec("heavyball") else None
+
+
+def heavyball_step(theirs: ModuleType, params: list[nn.Parameter], passes: int, **options: Any) -> Callable[[], object]:
+    """HeavyBall's SAM (two passes) or Momentum-SAM (one), whose step changes the gradients and takes them away.
+
+    Its SAM perturbs in a way of its own, by rho w^2 g. The closure gives gradients, as a backward pass does.
+    """
+    grads = itertools.cycle([[torch.randn_like(p) for p in params] for _ in range(passes)])
+
+    def closure() -> torch.Tensor:
+        for p, g in zip(params, next(grads), strict=True):
+            p.grad = g
+        return torch.zeros(())
+
+    if passes == 1:
+        return partial(theirs.MSAMLaProp(params, sam_step_size=RHO, **options).step, closure)
+    return partial(theirs.SAMWrapper(params, theirs.AdamW(params, **options), ball=RHO).step, closure)
 
 
 def two_calls(opt: Any) -> Callable[[], None]:

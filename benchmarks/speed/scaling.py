@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..plots import figure
 from .rivals import RIVALS, two_calls
-from .timing import command_line, environment, interleaved
+from .timing import command_line, conclude, environment, measure, median
 from .workloads import parameters
 
 SERIES = ["pytorch_optimizer SAM, fused=True", "foreach + fused base", "FusedSAM"]
@@ -25,22 +26,23 @@ AXES = {
 }
 
 
-def measure(tensors: int, numel: int, seconds: float) -> dict[str, float]:
-    """Median milliseconds; rivals are left out where one step would take them seconds."""
+def cell(tensors: int, numel: int, rounds: int) -> dict[str, Any]:
+    """Rivals are left out where one step would take them seconds."""
     params = parameters([torch.Size([numel])] * tensors)
     names = SERIES if tensors <= 10**4 else SERIES[1:]
-    calls = {n: two_calls(RIVALS[n](params, torch.optim.Adam, False, lr=1e-3)) for n in names}
-    return {n: s.median * 1e3 for n, s in interleaved(calls, seconds, (3, 50)).items()}
+    return measure(
+        {n: two_calls(RIVALS[n](params, torch.optim.Adam, False, lr=1e-3)) for n in names}, rounds, "FusedSAM"
+    )
 
 
 def plot(results: dict[str, list[dict]], path: Path) -> None:
     with figure(path, 1, 2, size=(10, 4), dpi=120, sharey=True) as (_, panels):
         for axes, (name, rows) in zip(panels, results.items(), strict=True):
             for series in SERIES:
-                points = [(r["size"], r["ms"][series]) for r in rows if series in r["ms"]]
+                points = [(r["size"], median(r, series)) for r in rows if series in r["ms"]]
                 axes.loglog(*zip(*points, strict=True), marker="o", label=series)
             last = rows[-1]
-            line = [last["ms"]["FusedSAM"] * r["size"] / last["size"] for r in rows]
+            line = [median(last, "FusedSAM") * r["size"] / last["size"] for r in rows]
             axes.loglog([r["size"] for r in rows], line, "k:", linewidth=0.8, label="linear, through FusedSAM's last")
             axes.set(xlabel=name, title={"parameters": "in 64 tensors", "tensors": "of 100 elements"}[name])
             axes.grid(alpha=0.3)
@@ -49,18 +51,19 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
 
 
 def main() -> None:
-    args = command_line(__doc__, 1, "a size").parse_args()
+    args = command_line(__doc__).parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict]] = {name: [] for name in AXES}
     for name, sizes in AXES.items():
         for tensors, numel in tqdm(sizes, desc=name, disable=None):
             size = tensors * numel if name == "parameters" else tensors
-            results[name].append({"size": size, "ms": measure(tensors, numel, args.seconds)})
+            results[name].append({"size": size, **cell(tensors, numel, args.rounds)})
     content = {"environment": environment(), **results}
-    (args.out / "scaling.json").write_text(json.dumps(content, indent=1))
+    (args.out / "scaling.json").write_text(json.dumps(content))
     plot(results, args.out / "scaling.png")
     for name, rows in results.items():
-        print(name, {r["size"]: round(r["ms"]["FusedSAM"], 3) for r in rows})
+        print(name, {r["size"]: round(median(r, "FusedSAM"), 3) for r in rows})
+    conclude([r for rows in results.values() for r in rows])
 
 
 if __name__ == "__main__":

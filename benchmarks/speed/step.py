@@ -1,10 +1,14 @@
-"""The optimizer's part of a SAM step, first_step + second_step with gradients in place, beside the rivals.
+"""The optimizer's part of a step, with gradients in place: FusedSAM beside its rivals.
 
-    python -m benchmarks.speed.step                                          # everything
-    python -m benchmarks.speed.step --lists resnet18 --bases adam --threads 2
+    python -m benchmarks.speed.step                                     # everything
+    python -m benchmarks.speed.step --lists resnet18 --threads 2        # a part
+    python -m benchmarks.speed.step --davda54 sam.py                    # with davda54/sam, which is on no index
+    python -m benchmarks.speed.step --report-only                       # step.md and step.png of step.json
 
-All rivals run in one process, one after the other in every round and in another order each time, so that what else the
-machine does meets them alike; a cell is the median over the rounds. Writes step.json, step.md and floor.png to --out.
+A cell is a list of parameters, a base, SAM or ASAM, and a number of threads. In a cell all rivals run in one process,
+each once a round and in another order every round; each is compared with FusedSAM round by round. HeavyBall's are
+measured where it is installed. Writes step.json (every time that was taken), step.md and step.png to --out. A run with
+a cell that was disturbed says so and exits with 1.
 """
 
 from __future__ import annotations
@@ -13,23 +17,69 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from sam_fused import FusedSAM
+from sam_fused import FusedMSAM, FusedSAM
 
-from ..plots import figure, plt
+from ..plots import bars, figure
 from ..tables import table
-from .floor import Bandwidth, streams
-from .rivals import BASES, RIVALS, two_calls
-from .timing import command_line, environment, environment_line, interleaved
+from . import rivals, timing
+from .floor import Floor
+from .rivals import BASES, RHO, RIVALS, two_calls
 from .workloads import LISTS, parameters
+
+Make = Callable[[], Callable[[], object]]
+
+OURS = "FusedSAM"
+HEAVYBALL = "HeavyBall SAMWrapper + AdamW, compiled", "HeavyBall MSAMLaProp, compiled"
+PLAIN = "base", "base, fused=True"
+TWO_PASSES = [*(n for n in RIVALS if n != OURS), "davda54/sam", HEAVYBALL[0]]
+OTHERS = ["FusedMSAM", HEAVYBALL[1], *PLAIN, "FusedSAM, rho=0"]
+CHART = {"resnet18": "ResNet-18, 62 tensors", "1000x100": "1000 tensors of 100"}
 
 # ---- measuring ----
 
 
-def peak_extra(make: Callable[[], Callable[[], None]], state_bytes: int) -> int:
+def makers(
+    shapes: list[torch.Size], base: str, adaptive: bool, davda54: type | None, compiled: bool
+) -> dict[str, Make]:
+    """Each makes an optimizer and returns its step; those that restore the weights, or have no SAM, share theirs."""
+    cls, options = BASES[base]
+    params = parameters(shapes)
+
+    def own() -> list[nn.Parameter]:
+        copies = [nn.Parameter(p.detach().clone()) for p in params]
+        for copy, p in zip(copies, params, strict=True):
+            copy.grad = p.grad
+        return copies
+
+    kinds = dict(RIVALS)
+    if sum(p.numel() for p in params) > 1e6:
+        del kinds["ReferenceSAM"]  # which is no rival, and slow
+    if davda54 is not None:
+        kinds["davda54/sam"] = lambda p, b, a, **o: davda54(p, b, rho=RHO, adaptive=a, **o)
+    one_pass = own()
+    found: dict[str, Make] = {
+        n: lambda make=make: two_calls(make(params, cls, adaptive, **options)) for n, make in kinds.items()
+    }
+    found |= {
+        "FusedMSAM": lambda: FusedMSAM(one_pass, cls, rho=RHO, adaptive=adaptive, **options).step,
+        PLAIN[0]: lambda: cls(params, **options).step,
+        PLAIN[1]: lambda: cls(params, fused=True, **options).step,
+        "FusedSAM, rho=0": lambda: FusedSAM(params, cls, rho=0.0, **options).step,
+    }
+    theirs = rivals.heavyball() if compiled else None
+    for name, passes in zip(HEAVYBALL, (2, 1), strict=True):
+        if theirs is not None:
+            found[name] = lambda passes=passes: rivals.heavyball_step(theirs, own(), passes, **options)
+    return found
+
+
+def peak_extra(make: Make, state_bytes: int) -> int:
     """Most bytes that making the optimizer and two steps hold at once, less the base's state."""
     with torch.profiler.profile(profile_memory=True) as profile:
         step = make()
@@ -43,138 +93,162 @@ def peak_extra(make: Callable[[], Callable[[], None]], state_bytes: int) -> int:
     return peak - state_bytes
 
 
-def run(name: str, base: str, adaptive: bool, threads: int, args: argparse.Namespace) -> dict:
+def run(name: str, base: str, adaptive: bool, threads: int, args: argparse.Namespace, davda54: type | None) -> dict:
     torch.set_num_threads(threads)
     shapes = LISTS[name]()
-    numel = sum(s.numel() for s in shapes)
-    cls, options = BASES[base]
-    params = parameters(shapes)
-    chosen = {n: make for n, make in RIVALS.items() if not (n == "ReferenceSAM" and numel > 1.2e7)}
-    calls = {n: two_calls(make(params, cls, adaptive, **options)) for n, make in chosen.items()}
-    calls["no SAM: torch fused base"] = cls(params, fused=True, **options).step
-    calls["no SAM: FusedSAM.step()"] = FusedSAM(params, cls, rho=0.0, **options).step
-    bandwidth = Bandwidth(min(numel, 1 << 25)) if numel > 1e6 else None  # beyond any cache is enough
-    if bandwidth:
-        calls |= {f"bandwidth: {n}": call for n, (call, _) in bandwidth.kernels.items()}
-    stats = interleaved(calls, args.seconds, (3, args.rounds), warm_up=2 if numel < 2e7 else 1)
-    result = {
+    numel, plainest = sum(s.numel() for s in shapes), (base, adaptive) == ("adam", False)
+    # torch.compile unrolls HeavyBall's loops over the tensors, and does so again for another number of threads.
+    compiled = args.heavyball and name == "resnet18" and plainest and threads == max(args.threads)
+    made = makers(shapes, base, adaptive, davda54, compiled)
+    floor = Floor(numel, base, adaptive)
+    measured = timing.measure({**{n: make() for n, make in made.items()}, "floor": floor}, args.rounds, OURS)
+    del measured["ms"]["floor"]
+    cell = {
         "list": name,
         "tensors": len(shapes),
         "numel": numel,
         "base": base,
         "adaptive": adaptive,
         "threads": threads,
-        "rounds": stats["FusedSAM"].rounds,
-        "ms": {n: {"median": s.median * 1e3, "iqr": s.iqr * 1e3, "min": s.min * 1e3} for n, s in stats.items()},
     }
-    if bandwidth:
-        speed = {n: moved / stats[f"bandwidth: {n}"].median / 1e9 for n, (_, moved) in bandwidth.kernels.items()}
-        best = max(speed, key=speed.get)
-        result["bandwidth_gb_s"] = speed
-        result["best_kernel"] = best
-        result["floor_ms"] = streams(base, adaptive) * 4 * numel / speed[best] / 1e6
-    if args.memory and base == "adam" and not adaptive:
+    cell |= {"floor_ms": round(floor.ms, 4), **measured}
+    if args.memory and plainest and threads == args.threads[0]:
         state = 2 * 4 * numel + 4 * len(shapes)
-        result["peak_extra"] = {
-            n: peak_extra(lambda make=make: two_calls(make(params, cls, adaptive, **options)), state) / (4 * numel)
-            for n, make in chosen.items()
-        }
-    return result
+        alone = [n for n in made if n not in (*HEAVYBALL, *OTHERS) or n == "FusedMSAM"]
+        cell["peak_extra"] = {n: peak_extra(made[n], state) / (4 * numel) for n in alone}
+    return cell
 
 
 # ---- reporting ----
 
 
-def kind_of(r: dict) -> str:
-    return f"{'ASAM' if r['adaptive'] else 'SAM'} + {r['base']}"
+def kind_of(cell: dict) -> str:
+    return f"{'ASAM' if cell['adaptive'] else 'SAM'} + {cell['base']}"
 
 
-def step_row(r: dict, rivals: list[str]) -> list[str]:
-    ms = {n: x["median"] for n, x in r["ms"].items()}
-    ours = ms["FusedSAM"]
-    spread = f"{ours:.2f} ± {r['ms']['FusedSAM']['iqr'] / 2:.2f}"
-    theirs = [f"{ms[n]:.2f} ({ms[n] / ours:.1f}x)" if n in ms else "" for n in rivals]
-    floor = f"{ours / r['floor_ms']:.2f}" if "floor_ms" in r else ""
-    return [r["list"], kind_of(r), str(r["threads"]), str(r["rounds"]), spread, *theirs, floor]
+def comparison(cells: list[dict], names: list[str], more: dict[str, Callable[[dict], str]]) -> list[str]:
+    """A row a cell: milliseconds and the ratio to FusedSAM's of those of ``names`` that were measured."""
+    names = [n for n in names if any(n in c["ms"] for c in cells)]
 
+    def entry(cell: dict, name: str) -> str:
+        return f"{timing.median(cell, name):.2f}: {timing.ratio_words(cell, name)}" if name in cell["ms"] else ""
 
-def plain_row(r: dict) -> list[str]:
-    theirs, ours = (r["ms"][f"no SAM: {n}"]["median"] for n in ("torch fused base", "FusedSAM.step()"))
-    return [r["list"], r["base"], str(r["threads"]), f"{theirs:.2f} ({theirs / ours:.1f}x)", f"{ours:.2f}"]
-
-
-def markdown(results: list[dict], env: dict[str, object]) -> str:
-    rivals = ["pytorch_optimizer SAM", "pytorch_optimizer SAM, fused=True", "foreach + fused base", "ReferenceSAM"]
-    out = [
-        environment_line(env),
-        "",
-        "Milliseconds (median), and how many times FusedSAM's time that is.",
-        "",
-        *table(
-            ["list", "optimizer", "threads", "rounds", "FusedSAM", *rivals, "time / floor"],
-            [step_row(r, rivals) for r in results],
-        ),
-        "",
-        "Without SAM:",
-        "",
-        *table(
-            ["list", "base", "threads", "torch, fused=True", "FusedSAM.step()"],
-            [plain_row(r) for r in results if not r["adaptive"]],
-        ),
+    rows = [
+        [c["list"], kind_of(c), c["threads"], timing.rounds(c), f"{timing.median(c, OURS):.2f}"]
+        + [column(c) for column in more.values()]
+        + [entry(c, n) for n in names]
+        for c in cells
     ]
-    extra = [(r["list"], r["peak_extra"]) for r in results if "peak_extra" in r]
+    return table(["list", "optimizer", "threads", "n", OURS, *more, *names], rows)
+
+
+def markdown(content: dict[str, Any]) -> str:
+    cells = content["cells"]
+    missing = [n for n in ("davda54/sam", HEAVYBALL[0]) if not any(n in c["ms"] for c in cells)]
+    how = {"davda54/sam": "--davda54 FILE", HEAVYBALL[0]: "pip install heavyball"}
+    out = [
+        timing.environment_line(content["environment"]),
+        "",
+        "Milliseconds, and how many times FusedSAM's that is: median and interquartile range of the n rounds' ratios. "
+        "Floor: the least time for the same reads and writes (benchmarks/speed/floor.py).",
+        "",
+        *(f"Not measured: {n} ({how[n]}).\n" for n in missing),
+        "Two passes, first_step and second_step:",
+        "",
+        *comparison(
+            cells,
+            TWO_PASSES,
+            {"time / floor": lambda c: f"{timing.median(c, OURS) / c['floor_ms']:.2f}", "disturbed": timing.disturbed},
+        ),
+        "",
+        "One pass, and the base without SAM:",
+        "",
+        *comparison(cells, OTHERS, {}),
+    ]
+    extra = [(c["list"], c["peak_extra"]) for c in cells if "peak_extra" in c]
     if extra:
-        out += ["", "Peak extra memory of a step, over the parameters' size:", ""]
-        out += table(["list", *RIVALS], [[n, *(f"{x[k]:.3f}" if k in x else "" for k in RIVALS)] for n, x in extra])
+        names = list(dict.fromkeys(n for _, x in extra for n in x))
+        out += ["", "Peak extra memory of a step beside the base's state, over the parameters' size:", ""]
+        out += table(["list", *names], [[n, *(f"{x[k]:.3f}" if k in x else "" for k in names)] for n, x in extra])
     return "\n".join(out) + "\n"
 
 
-def plot_floor(results: list[dict], path: Path) -> None:
-    """Time over floor, a bar for each list, optimizer and thread count."""
-    bars = [r for r in results if "floor_ms" in r]
-    if not bars:
+def chart(content: dict[str, Any], path: Path) -> None:
+    """Milliseconds of SAM + Adam with the most threads, for the lists of CHART that were measured."""
+    labels = {
+        OURS: "FusedSAM",
+        "FusedMSAM": "FusedMSAM (one pass)",
+        "foreach + fused base": "_foreach_ + fused Adam",
+        "pytorch_optimizer SAM, fused=True": "pytorch_optimizer SAM,\nfused=True",
+        "pytorch_optimizer SAM": "pytorch_optimizer SAM",
+        "davda54/sam": "davda54/sam",
+        PLAIN[1]: "Adam(fused=True), no SAM",
+    }
+    cells = [c for c in content["cells"] if c["list"] in CHART and kind_of(c) == "SAM + adam"]
+    cells = [c for c in cells if c["threads"] == max(c["threads"] for c in cells)]
+    if not cells:
         return
-    names = [f"{kind_of(r)}, {r['threads']} thr." for r in bars]
-    kinds, lists = list(dict.fromkeys(names)), list(dict.fromkeys(r["list"] for r in bars))
-    with figure(path, 1, 1, size=(10, 4.5), dpi=120) as (_, axes):
-        axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
-        width = 0.8 / len(kinds)
-        for k, kind in enumerate(kinds):
-            of_kind = [r for r, name in zip(bars, names, strict=True) if name == kind]
-            x = [lists.index(r["list"]) + (k - (len(kinds) - 1) / 2) * width for r in of_kind]
-            axes.bar(x, [r["ms"]["FusedSAM"]["median"] / r["floor_ms"] for r in of_kind], width, label=kind)
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set(
-            ylabel="time / floor", title="FusedSAM: first_step + second_step over the least time for its memory traffic"
+    names = [n for n in labels if all(n in c["ms"] for c in cells)]
+    env = content["environment"]
+    with figure(path, 1, len(cells), size=(8, 3.4), dpi=200, sharey=True, squeeze=False) as (drawn, panels):
+        for axes, cell in zip(panels[0], cells, strict=True):
+            ms = [timing.median(cell, n) for n in names]
+            times = [timing.ratio(cell, n)[1] for n in names]
+            words = [
+                f"{x:.3g} ms" + ("" if n == OURS else f" ({t:.1f}x)") for n, x, t in zip(names, ms, times, strict=True)
+            ]
+            colours = [
+                {OURS: "tab:blue", "FusedMSAM": "tab:cyan", PLAIN[1]: "tab:gray"}.get(n, "tab:orange") for n in names
+            ]
+            bars(axes, [labels[n] for n in names], ms, words, colours)
+            axes.set_title(CHART[cell["list"]], fontsize=11)
+        numbers = " and ".join(dict.fromkeys(str(timing.rounds(c)) for c in cells))
+        drawn.suptitle("The optimizer's part of a SAM + Adam step, milliseconds: less is better", fontsize=12)
+        drawn.supxlabel(
+            f"{env['cpu']}, {env['instruction_set']}, threads: {cells[0]['threads']}, torch {env['torch']}. Medians, "
+            f"n = {numbers}; (x): median ratio to FusedSAM"
+            + ("; DISTURBED" if any(map(timing.disturbed, cells)) else ""),
+            fontsize=8,
         )
-        axes.set_xticks(range(len(lists)), lists)
-        axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+
+
+def report(content: dict[str, Any], out: Path) -> None:
+    (out / "step.md").write_text(markdown(content))
+    chart(content, out / "step.png")
 
 
 def main() -> None:
-    p = command_line(__doc__, 1, "a configuration")
+    p = timing.command_line(__doc__)
+    some = f"default: all for {' and '.join(CHART)}, and for the other lists"
     p.add_argument("--lists", nargs="+", choices=list(LISTS), default=list(LISTS))
-    p.add_argument("--bases", nargs="+", choices=list(BASES), default=list(BASES))
-    p.add_argument("--kinds", nargs="+", choices=["sam", "asam"], default=["sam", "asam"])
+    p.add_argument("--bases", nargs="+", choices=list(BASES), help=f"{some} adam")
+    p.add_argument("--kinds", nargs="+", choices=["sam", "asam"], help=f"{some} sam")
     p.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}))
-    p.add_argument("--rounds", type=int, default=100, help="at most")
+    p.add_argument("--davda54", type=Path, metavar="FILE", help="sam.py of davda54/sam")
+    p.add_argument("--no-heavyball", dest="heavyball", action="store_false")
     p.add_argument("--no-memory", dest="memory", action="store_false")
+    p.add_argument("--report-only", action="store_true", help="make step.md and step.png of the step.json in --out")
     args = p.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    plan = [
-        (name, base, kind == "asam", threads)
-        for name in args.lists
-        for base in args.bases
-        for kind in args.kinds
-        for threads in args.threads
-    ]
-    results, env = [], environment()
-    for config in tqdm(plan, disable=None):
-        results.append(run(*config, args))
-        (args.out / "step.json").write_text(json.dumps({"environment": env, "results": results}, indent=1))
-        (args.out / "step.md").write_text(markdown(results, env))
-    plot_floor(results, args.out / "floor.png")
+    if args.report_only:
+        content = json.loads((args.out / "step.json").read_text())
+        report(content, args.out)
+    else:
+        args.out.mkdir(parents=True, exist_ok=True)
+        davda54 = rivals.davda54_sam(args.davda54) if args.davda54 else None
+        plan = [
+            (name, base, kind == "asam", threads)
+            for name in args.lists
+            for base in args.bases or (BASES if name in CHART else ["adam"])
+            for kind in args.kinds or (["sam", "asam"] if name in CHART else ["sam"])
+            for threads in args.threads
+        ]
+        content = {"environment": timing.environment(), "cells": []}
+        for config in tqdm(plan, disable=None):
+            content["cells"].append(run(*config, args, davda54))
+            (args.out / "step.json").write_text(json.dumps(content))
+            report(content, args.out)
     print((args.out / "step.md").read_text())
+    timing.conclude(content["cells"])
 
 
 if __name__ == "__main__":

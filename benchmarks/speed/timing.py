@@ -1,74 +1,138 @@
-"""How calls are timed, where, and what the commands that do it have in common."""
+"""How calls are timed and compared, when a run is to be trusted, and what the commands that do it have in common."""
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import random
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from pytest_benchmark.stats import Stats
+import torch
 
 import train
 
+# What a cell needs, or it is marked and its run is not to be committed.
+ROUNDS = 20
+OTHERS = 0.25  # at most: processors that others kept busy meanwhile
+SPREAD = 0.25  # at most: interquartile range of the reference's own times over their median
 
-def rounds_of(
-    calls: dict[str, Callable[[], object]], seconds: float, rounds: tuple[int, int], warm_up: int = 2
-) -> dict[str, list[float]]:
-    """The seconds of each call, made once a round: at least and at most ``rounds``, and none begins after ``seconds``.
 
-    Every round has an order of its own: what a call leaves in the caches then meets all the others alike.
+def busy() -> float | None:
+    """Processor seconds of all others, the hypervisor's other guests too; None where /proc/stat does not tell."""
+    try:
+        ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return None
+    if not any(ticks):  # as in some sandboxes
+        return None
+    idle, waiting = ticks[3:5]
+    return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def load_average() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def measure(calls: dict[str, Callable[[], object]], rounds: int, reference: str, warm_up: int = 2) -> dict[str, Any]:
+    """A cell: the milliseconds of each call, which is made once a round, and how busy the machine was with others.
+
+    Every round has an order of its own: what a call leaves in the caches then meets all the others alike. The others'
+    share is counted and not taken from the load average, which lags a minute behind and holds the cell's own threads.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    ms: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
     shuffle = random.Random(0).shuffle
     for call in calls.values():  # states, caches, cached lists
         for _ in range(warm_up):
             call()
-    start = time.perf_counter()
     gc.collect()
     gc.disable()  # or one rival's garbage is collected in the next one's time
+    load, others, start = load_average(), busy(), time.perf_counter()
     try:
-        for done in range(rounds[1]):
-            if done >= rounds[0] and time.perf_counter() - start > seconds:
-                break
+        for _ in range(rounds):
             shuffle(order)
             for name, call in order:
                 t = time.perf_counter()
                 call()
-                times[name].append(time.perf_counter() - t)
+                ms[name].append(round((time.perf_counter() - t) * 1e3, 4))
     finally:
         gc.enable()
-    return times
+    wall, others_then = time.perf_counter() - start, busy()
+    share = None
+    if others is not None and others_then is not None and wall > 1:  # they are counted in hundredths of a second
+        share = round((others_then - others) / wall, 3)
+    return {"reference": reference, "ms": ms, "load": [load, load_average()], "others": share}
 
 
-def interleaved(
-    calls: dict[str, Callable[[], object]], seconds: float, rounds: tuple[int, int], warm_up: int = 2
-) -> dict[str, Stats]:
-    """The statistics of :func:`rounds_of`."""
-    stats = {name: Stats() for name in calls}
-    for name, times in rounds_of(calls, seconds, rounds, warm_up).items():
-        for seconds_taken in times:
-            stats[name].update(seconds_taken)
-    return stats
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+    return low.item(), middle.item(), high.item()
+
+
+def median(cell: dict[str, Any], name: str) -> float:
+    """Milliseconds."""
+    return quartiles(cell["ms"][name])[1]
+
+
+def ratio(cell: dict[str, Any], name: str) -> tuple[float, float, float]:
+    """Quartiles of a call's time over the reference's in the same round."""
+    return quartiles([a / b for a, b in zip(cell["ms"][name], cell["ms"][cell["reference"]], strict=True)])
+
+
+def ratio_words(cell: dict[str, Any], name: str, digits: int = 2) -> str:
+    low, middle, high = (f"{x:.{digits}f}" for x in ratio(cell, name))
+    return f"{middle} ({low} to {high})"
+
+
+def rounds(cell: dict[str, Any]) -> int:
+    return len(cell["ms"][cell["reference"]])
+
+
+def disturbed(cell: dict[str, Any]) -> str:
+    """Why a cell is not to be trusted; empty if it is."""
+    times = cell["ms"][cell["reference"]]
+    low, middle, high = quartiles(times)
+    found = []
+    if len(times) < ROUNDS:
+        found.append(f"n below {ROUNDS}")
+    if cell["others"] is not None and cell["others"] > OTHERS:
+        found.append(f"others had {cell['others']:.2f} processors")
+    if (high - low) / middle > SPREAD:
+        found.append(f"spread {(high - low) / middle:.2f}")
+    if min(times) < cell.get("floor_ms", 0):
+        found.append("below the floor")
+    return ", ".join(found)
+
+
+def conclude(cells: Iterable[dict[str, Any]]) -> None:
+    """Exit with what is wrong with a run, if anything is."""
+    reasons = [disturbed(cell) for cell in cells]
+    bad = [reason for reason in reasons if reason]
+    if bad:
+        bounds = f"at least {ROUNDS} rounds, others {OTHERS} processors, spread {SPREAD}"
+        sys.exit(f"{len(bad)} of {len(reasons)} cells were disturbed ({bounds}): this run should not be committed")
 
 
 def environment() -> dict[str, object]:
-    """What train.py says of the machine, and the version of the rivals."""
-    env = {**train.environment(), "pytorch_optimizer": version("pytorch_optimizer")}
-    return {k: v for k, v in env.items() if v is not None}
+    """What train.py says of the machine, and the versions of the rivals."""
+    installed = {name: version(name) for name in ("pytorch_optimizer", "heavyball") if find_spec(name)}
+    return {k: v for k, v in {**train.environment(), **installed}.items() if v is not None}
 
 
 def environment_line(env: dict[str, object]) -> str:
     return ", ".join(f"{k} {v}" for k, v in env.items())
 
 
-def command_line(doc: str, seconds: float, what: str) -> argparse.ArgumentParser:
-    """With --seconds, that ``what`` may take, and --out."""
+def command_line(doc: str) -> argparse.ArgumentParser:
+    """With --rounds and --out."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seconds", type=float, default=seconds, help=f"{what} may take, once it has had 3 rounds")
+    p.add_argument("--rounds", type=int, default=ROUNDS, help=f"of every cell; below {ROUNDS} it is marked")
     p.add_argument("--out", type=Path, default=Path("runs/bench"))
     return p

@@ -1,15 +1,14 @@
 """Whole training steps, and the input pipeline, in images per second.
 
     python -m benchmarks.speed.training
-    python -m benchmarks.speed.training --archs resnet18 --widths 64
+    python -m benchmarks.speed.training --archs resnet18 --widths 64    # a round takes half a minute
 
-Batches of 128 random images of CIFAR-10's size; the optimizers take turns on one network in one process. Writes
-train.json and train.md to --out.
+Batches of 128 random images of CIFAR-10's size; the optimizers take turns in one process, in another order every
+round, and each is compared with one forward and backward pass round by round. Writes train.json and train.md to --out.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Callable
@@ -23,10 +22,11 @@ import train
 from sam_fused import FusedSAM
 
 from ..tables import table
+from . import timing
 from .rivals import RIVALS
-from .timing import command_line, environment, environment_line, interleaved
 
 BATCH = 128
+IMAGES = 5120
 PASS = "forward + backward"
 
 
@@ -74,7 +74,7 @@ def variants(arch: str, width: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def pipelines(n: int = 5120) -> dict[str, Callable[[], object]]:
+def pipelines(n: int = IMAGES) -> dict[str, Callable[[], object]]:
     """One epoch of augmented, normalized batches over n images: train.py's, and the paper's code's."""
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
@@ -116,66 +116,51 @@ def pipelines(n: int = 5120) -> dict[str, Callable[[], object]]:
     }
 
 
-def network(arch: str, width: int, args: argparse.Namespace) -> dict:
+def network(arch: str, width: int, rounds: int) -> dict:
     calls = variants(arch, width)
     calls[PASS]()  # oneDNN's plans; an optimizer's first step weighs little beside the passes
-    stats = interleaved(calls, args.seconds, (3, 30), warm_up=0)
-    step = {n: s.median / (2 if "sam-every" in n else 1) for n, s in stats.items()}
-    return {
-        "arch": arch,
-        "width": width,
-        "parameters": sum(p.numel() for p in train.ARCHS[arch](width).parameters()),
-        "rounds": stats[PASS].rounds,
-        "seconds": step,
-        "iqr": {n: s.iqr for n, s in stats.items()},
-    }
+    cell = timing.measure(calls, rounds, PASS, warm_up=0)
+    cell["ms"] = {n: [ms / 2 for ms in times] if "sam-every" in n else times for n, times in cell["ms"].items()}
+    size = sum(p.numel() for p in train.ARCHS[arch](width).parameters())
+    return {"arch": arch, "width": width, "parameters": size, **cell}
+
+
+def rows(cell: dict, images: int) -> list[list[str]]:
+    return [[n, f"{images / timing.median(cell, n) * 1e3:.0f}", timing.ratio_words(cell, n, 3)] for n in cell["ms"]]
 
 
 def markdown(networks: list[dict], inputs: dict, env: dict[str, object]) -> str:
-    out = [environment_line(env), ""]
+    def heading(what: str, cell: dict) -> list[str]:
+        reason = timing.disturbed(cell)
+        return [f"{what}, n = {timing.rounds(cell)}" + (f" (disturbed: {reason})" if reason else "") + ":", ""]
+
+    out = [timing.environment_line(env), "", "Images a second, medians; ratios: median and interquartile range.", ""]
     for r in networks:
-        base = r["seconds"][PASS]
-        out += [
-            f"{r['arch']}, width {r['width']} ({r['parameters'] / 1e6:.2f} M parameters), batch {BATCH}, "
-            f"n = {r['rounds']}:",
-            "",
-            *table(
-                ["step", "images/s", "over one forward + backward"],
-                [(n, f"{BATCH / s:.0f}", f"{s / base:.3f}") for n, s in r["seconds"].items()],
-            ),
-            "",
-        ]
-    speed = inputs["images_per_second"]
-    out += [
-        f"Input pipeline alone, n = {inputs['rounds']}:",
-        "",
-        *table(
-            ["", "images/s", "train.py is faster by"],
-            [(n, f"{v:.0f}", f"{speed['train.py'] / v:.1f}x") for n, v in speed.items()],
-        ),
-    ]
+        what = f"{r['arch']}, width {r['width']} ({r['parameters'] / 1e6:.2f} M parameters), batch {BATCH}"
+        out += heading(what, r)
+        out += [*table(["step", "images/s", "time over one forward + backward"], rows(r, BATCH)), ""]
+    out += heading("Input pipeline alone", inputs)
+    out += table(["", "images/s", "time over train.py's"], rows(inputs, IMAGES))
     return "\n".join(out) + "\n"
 
 
 def main() -> None:
-    p = command_line(__doc__, 8, "a network")
+    p = timing.command_line(__doc__)
     p.add_argument("--archs", nargs="+", choices=list(train.ARCHS), default=["resnet18", "vgg16"])
-    p.add_argument("--widths", nargs="+", type=int, default=[16, 64])
+    p.add_argument("--widths", nargs="+", type=int, default=[16])
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    networks, env = [], environment()
-    stats = interleaved(pipelines(), 6, (3, 20))
-    inputs = {
-        "rounds": stats["train.py"].rounds,
-        "images_per_second": {n: 5120 / s.median for n, s in stats.items()},
-    }
+    networks, env = [], timing.environment()
+    inputs = timing.measure(pipelines(), args.rounds, "train.py", warm_up=1)
+    inputs["others"] = None  # its own workers would be among them
     for width in args.widths:
         for arch in tqdm(args.archs, desc=f"width {width}", disable=None):
-            networks.append(network(arch, width, args))
+            networks.append(network(arch, width, args.rounds))
             result = {"environment": env, "networks": networks, "input": inputs}
-            (args.out / "train.json").write_text(json.dumps(result, indent=1))
+            (args.out / "train.json").write_text(json.dumps(result))
             (args.out / "train.md").write_text(markdown(networks, inputs, env))
     print((args.out / "train.md").read_text())
+    timing.conclude([*networks, inputs])
 
 
 if __name__ == "__main__":
