@@ -3,7 +3,6 @@ export KINETO_LOG_LEVEL := 99
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := $(BIN)/python train.py --dataset digits --width 16 --epochs 8 --base adam
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 RESULTS := runs/bench
 OUT := runs/gpu.md
@@ -13,9 +12,7 @@ SOURCES := setup.py $(wildcard csrc/*)
 
 demo: $(VENV)/.with-demo
 	rm -rf runs/demo
-	$(DEMO) --rho 0 --out runs/demo/adam
-	$(DEMO) --rho 0.05 --out runs/demo/adam+sam
-	$(BIN)/python train.py --report runs/demo/adam runs/demo/adam+sam
+	$(BIN)/python -m benchmarks.paper.demo --out runs/demo
 
 test: $(VENV)/.with-test
 	$(PYTEST)

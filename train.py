@@ -22,13 +22,15 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,21 +49,16 @@ from sam_fused.fused import extension
 BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CLASSES = 10
-LR_DECAY, LR_MILESTONES = 0.2, (0.3, 0.6, 0.8)  # the step decay of the paper's code: factor, fractions of the run
 MOMENTUM = 0.9
+LR_DECAY, LR_MILESTONES = 0.2, (0.3, 0.6, 0.8)  # the step decay of the paper's code: factor, fractions of the run
 
 # What a recipe sets; a flag given by hand wins. "paper-text" is what the paper says and, where it is silent, what its
 # code does (weight decay, momentum, step decay); "paper-code" is what the scripts behind its Table I do.
-LR, DECAY = {"sgd": 1e-3, "adam": 1e-3, "adamw": 1e-3}, {"sgd": 5e-4, "adam": 5e-4, "adamw": 1e-2}
+LR = {"sgd": 1e-3, "adam": 1e-3, "adamw": 1e-3}
+WEIGHT_DECAY = {"sgd": 5e-4, "adam": 5e-4, "adamw": 1e-2}
 RECIPES: dict[str, dict[str, Any]] = {
-    "paper-text": {
-        "rho": 0.05,
-        "adaptive": False,
-        "label_smoothing": 0.0,
-        "lr": {**LR, "sgd": 0.1},
-        "weight_decay": DECAY,
-    },
-    "paper-code": {"rho": 2.0, "adaptive": True, "label_smoothing": 0.1, "lr": LR, "weight_decay": DECAY},
+    "paper-text": {"rho": 0.05, "adaptive": False, "label_smoothing": 0.0, "lr": {**LR, "sgd": 0.1}},
+    "paper-code": {"rho": 2.0, "adaptive": True, "label_smoothing": 0.1, "lr": LR},
 }
 
 
@@ -71,15 +68,15 @@ def number(kind: type[int] | type[float], most: float = math.inf, zero: bool = F
     def parsed(text: str) -> float:
         value = kind(text)
         if not 0 <= value < math.inf or value > most or (value == 0 and not zero):
+            bounds = f">{'=' * zero} 0" + ("" if most == math.inf else f" and <= {most}")
             raise argparse.ArgumentTypeError(f"expected a number {bounds}, got {text}")
         return value
 
-    bounds = f">{'=' * zero} 0" + ("" if most == math.inf else f" and <= {most}")
     parsed.__name__ = kind.__name__  # which argparse names where kind() fails
     return parsed
 
 
-count = number(int)
+count, fraction = number(int), number(float, 1, zero=True)
 
 
 def option(default: Any = None, **how: Any) -> Any:
@@ -98,12 +95,8 @@ class Settings:
     holdout: int | None = option(type=count, metavar="N", help="test on N fixed training images, not trained on")
     validate: int | None = option(type=count, metavar="N", help="measure also on N training images, not trained on")
     label_noise: float = option(
-        0.0,
-        type=number(float, 1, zero=True),
-        metavar="P",
-        help="replace this part of the training and --validate labels",
+        0.0, type=fraction, metavar="P", help="make this part of all but the test's labels wrong"
     )
-
     augment: bool = option(True, action=argparse.BooleanOptionalAction, help="random crops; of CIFAR-10 also mirrored")
 
     arch: str = option("resnet18", choices=["resnet18", "vgg16", "mlp"], group="network")
@@ -111,17 +104,15 @@ class Settings:
 
     recipe: str = option("paper-text", choices=sorted(RECIPES), group="optimizer")
     base: str = option("adam", choices=sorted(BASES))
-    method: str = option("sam", choices=["sam", "msam"], help="msam: Momentum-SAM, in one pass a step")
-    rho: float = option(
-        type=number(float, zero=True), help="0: the plain base, sharpness recorded with the recipe's rho; msam: tenfold"
-    )
+    method: str = option("sam", choices=["sam", "msam"], help="msam: Momentum-SAM, in one pass; the recipe's rho x 10")
+    rho: float = option(type=number(float, zero=True), help="0: the plain base, its sharpness at the recipe's rho")
     measure_rho: float  # the rho that the sharpness is recorded with: rho, or where that is 0 the recipe's
     adaptive: bool = option(action=argparse.BooleanOptionalAction, help="ASAM")
     lr: float = option(type=number(float))
     weight_decay: float = option(type=float)
     label_smoothing: float = option(type=float)
     norm_only: bool = option(False, action="store_true", help="perturb normalisation layers alone")
-    sam_from: float = option(0.0, type=number(float, 1, zero=True), metavar="F", help="no SAM before this part of it")
+    sam_from: float = option(0.0, type=fraction, metavar="F", help="no SAM before this part of the run")
     sam_every: int = option(1, type=count, metavar="K", help="ascend in every K-th step only")
     ascent_fraction: float = option(1.0, type=number(float, 1), metavar="F", help="ascend from this part of the batch")
 
@@ -156,10 +147,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def settle(args: argparse.Namespace) -> Settings:
     """Fill in the recipe's values."""
-    recipe = {k: v[args.base] if isinstance(v, dict) else v for k, v in RECIPES[args.recipe].items()}
-    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if f.metadata}
+    recipe = {**RECIPES[args.recipe], "weight_decay": WEIGHT_DECAY}
+    recipe |= {k: by_base[args.base] for k, by_base in recipe.items() if isinstance(by_base, dict)}
     if args.method == "msam":  # whose best radius is about ten times SAM's
         recipe["rho"] *= 10
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if f.metadata}
     values |= {k: v for k, v in recipe.items() if values[k] is None}
     return Settings(**values, measure_rho=values["rho"] or recipe["rho"])
 
@@ -207,8 +199,7 @@ class DataError(Exception):
     """The data cannot be had or is not as expected."""
 
 
-@dataclass
-class Split:
+class Split(NamedTuple):
     """images: uint8 [n, 3, 32, 32]; labels: int64 [n]; which of them are wrong on purpose: bool [n], if any are."""
 
     images: Tensor
@@ -217,10 +208,6 @@ class Split:
 
     def at(self, index: Any) -> Split:
         return Split(self.images[index], self.labels[index])
-
-    def to(self, device: str) -> Split:
-        wrong = None if self.wrong is None else self.wrong.to(device)
-        return Split(self.images.to(device), self.labels.to(device), wrong)
 
     def with_noise(self, share: float, generator: torch.Generator) -> Split:
         """A random ``share`` of the labels replaced by one of the other classes."""
@@ -279,8 +266,7 @@ def load_cifar10(data: str | None) -> tuple[Split, Split]:
             "  --data DIR where DIR holds 32x32 PNG or JPEG images as train/<class>/* and test/<class>/*\n"
             "  --dataset digits, which needs no download"
         ) from error
-    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-    train, test = (Split(x, torch.tensor(part.targets)) for x, part in zip(images, parts, strict=True))
+    train, test = (Split(torch.from_numpy(p.data.transpose(0, 3, 1, 2).copy()), torch.tensor(p.targets)) for p in parts)
     return train, test
 
 
@@ -308,9 +294,7 @@ def divide(split: Split, n: int, seed: int, flag: str) -> tuple[Split, Split]:
             raise DataError(f"{flag} {n}: expected at most {len(of_class)} of class {c}, would need {want}")
         chosen.append(of_class[torch.randperm(len(of_class), generator=generator)[:want]])
     index = torch.cat(chosen)
-    others = torch.ones(len(split.labels), dtype=torch.bool)
-    others[index] = False
-    return split.at(index), split.at(others)
+    return split.at(index), split.at(~torch.isin(torch.arange(len(split.labels)), index))
 
 
 def load_data(s: Settings) -> dict[str, Split]:
@@ -326,9 +310,10 @@ def load_data(s: Settings) -> dict[str, Split]:
     splits["train"] = train
     if s.label_noise:
         generator = torch.Generator().manual_seed(s.seed)
-        for name in (name for name in ("train", "val") if name in splits):
-            splits[name] = splits[name].with_noise(s.label_noise, generator)
-    return {name: split.to(s.device) for name, split in splits.items()}
+        for name in ("train", "val"):
+            if name in splits:
+                splits[name] = splits[name].with_noise(s.label_noise, generator)
+    return {name: Split(*(t.to(s.device) for t in split if t is not None)) for name, split in splits.items()}
 
 
 def augment(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
@@ -377,22 +362,15 @@ def batches(
 
 def resnet18(width: int) -> nn.Module:
     """ResNet-18 with a 3x3 stem and no max-pool; 11.17 M parameters at width 64."""
-    from torchvision.models.resnet import BasicBlock
+    from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 
-    def block(before: int, after: int, stride: int) -> nn.Module:
-        shortcut = None
-        if stride != 1 or before != after:
-            shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
-        made: nn.Module = BasicBlock(before, after, stride, shortcut)
-        return made
-
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)]
-    channels = width
-    for stage in range(4):
-        for i in range(2):
-            layers.append(block(channels, width << stage, 2 if stage and i == 0 else 1))
-            channels = width << stage
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES))
+    channels = [width << stage for stage in (0, 0, 0, 1, 1, 2, 2, 3, 3)]
+    layers: list[nn.Module] = [conv3x3(3, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    for before, after in pairwise(channels):
+        stride = 1 if before == after else 2
+        shortcut = None if before == after else nn.Sequential(conv1x1(before, after, stride), nn.BatchNorm2d(after))
+        layers.append(BasicBlock(before, after, stride, shortcut))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], CLASSES))
 
 
 def vgg16(width: int) -> nn.Module:
@@ -427,7 +405,7 @@ class Parts:
     net: nn.Module  # what to call: the model, or its replicas
 
     def kept(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "net"}
+        return {name: part for name, part in vars(self).items() if name != "net"}
 
 
 def build(s: Settings) -> Parts:
@@ -436,14 +414,16 @@ def build(s: Settings) -> Parts:
         model.compile()
     net = DistributedDataParallel(model) if dist.is_initialized() else model
     scaler = torch.amp.GradScaler(s.device.split(":")[0], enabled=s.amp == "fp16")
-    options: dict[str, Any] = {"momentum": MOMENTUM} if s.base == "sgd" else {}
-    options |= {"rho": s.measure_rho, "adaptive": s.adaptive, "lr": s.lr, "weight_decay": s.weight_decay, "model": net}
-    params = norm_only(model, rho=s.measure_rho) if s.norm_only else model.parameters()
+    rho = s.rho if s.method == "msam" else s.measure_rho
+    params = norm_only(model, rho=rho) if s.norm_only else model.parameters()
+    options: dict[str, Any] = {"rho": rho, "adaptive": s.adaptive, "lr": s.lr, "weight_decay": s.weight_decay}
+    if s.base == "sgd":
+        options["momentum"] = MOMENTUM
     opt: FusedSAM | FusedMSAM
     if s.method == "msam":
-        opt = FusedMSAM(params, BASES[s.base], **{**options, "rho": s.rho})
+        opt = FusedMSAM(params, BASES[s.base], model=net, **options)
     else:
-        opt = FusedSAM(params, BASES[s.base], scaler=scaler, **options)
+        opt = FusedSAM(params, BASES[s.base], model=net, scaler=scaler, **options)
     milestones = [math.ceil(f * s.epochs) for f in LR_MILESTONES]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(opt, milestones, LR_DECAY)
     return Parts(model, opt, scheduler, LambdaRho(opt, late(s.sam_from * s.epochs)), scaler, net)
@@ -452,8 +432,7 @@ def build(s: Settings) -> Parts:
 # ---- one epoch ----
 
 
-@dataclass
-class Pass:
+class Pass(NamedTuple):
     """What one forward and backward pass left."""
 
     loss: Tensor
@@ -475,52 +454,46 @@ def train_step(s: Settings, parts: Parts, x: Tensor, y: Tensor, index: int) -> l
         done.append(Pass(loss.detach(), (logits.detach().argmax(1) == y[:size]).sum(), size))
         return loss
 
-    if isinstance(opt, FusedMSAM):
-        forward_backward(len(x))
-        scaler.step(opt)
-    elif s.rho == 0 or index % s.sam_every:
-        forward_backward(len(x))
-        opt.measure_sharpness()
-        scaler.step(opt)
-    else:
+    if isinstance(opt, FusedSAM) and s.rho and index % s.sam_every == 0:
         ascends = any(parts.rho_schedule.get_last_rho())
         sizes = iter([max(1, round(s.ascent_fraction * len(x)))] * ascends + [len(x)])
         opt.step(lambda: forward_backward(next(sizes)))
+    else:
+        forward_backward(len(x))
+        if isinstance(opt, FusedSAM):
+            opt.measure_sharpness()
+        scaler.step(opt)
     scaler.update()
     return done
 
 
-def train_epoch(
-    s: Settings, parts: Parts, data: Iterator[tuple[Tensor, Tensor]], normalize: Normalize, bar: tqdm
-) -> dict[str, float | None]:
-    opt = parts.optimizer if isinstance(parts.optimizer, FusedSAM) else None
+def train_epoch(s: Settings, parts: Parts, bar: tqdm, normalize: Normalize) -> dict[str, float | None]:
+    """The means over the batches that ``bar`` gives."""
     loss = correct = rise = torch.zeros((), device=s.device)
     seen = rises = 0
-    for index, (x, y) in enumerate(data):
-        passes = train_step(s, parts, normalize(x), y, index)
-        first = passes[0]
+    for index, (x, y) in enumerate(bar):
+        first, *second = train_step(s, parts, normalize(x), y, index)
         loss = loss + first.loss * first.size
         correct = correct + first.correct
         seen += first.size
-        if len(passes) == 2 and passes[1].size == first.size:
-            rise = rise + (passes[1].loss - first.loss)
+        if second and second[0].size == first.size:
+            rise = rise + (second[0].loss - first.loss)
             rises += 1
         if index % 10 == 0:
             mean = loss.item() / seen
             if not math.isfinite(mean):
                 raise FloatingPointError(f"the training loss is {mean} at batch {index}")
             bar.set_postfix(loss=f"{mean:.3f}", acc=f"{correct.item() / seen:.3f}")
-        bar.update()
-    mean_sharpness = opt.mean_sharpness().item() if opt else math.nan
-    mine = [loss.item(), correct.item(), seen, mean_sharpness, rise.item(), rises]
-    sums = torch.tensor(mine, dtype=torch.float64, device=s.device)
+    opt = parts.optimizer
+    sharpness = opt.mean_sharpness().item() if isinstance(opt, FusedSAM) else math.nan
+    sums = torch.tensor([loss, correct, seen, sharpness, rise, rises], dtype=torch.float64, device=s.device)
     if dist.is_initialized():
         dist.all_reduce(sums)
-    all_loss, all_correct, all_seen, sharpness, all_rise, all_rises = sums.tolist()
+    all_loss, all_correct, all_seen, all_sharpness, all_rise, all_rises = sums.tolist()
     return {
         "train_loss": all_loss / all_seen,
         "train_acc": all_correct / all_seen,
-        "sharpness": finite(sharpness / world_size()),
+        "sharpness": finite(all_sharpness / world_size()),
         "realised_sharpness": finite(all_rise / all_rises) if all_rises else None,
     }
 
@@ -552,11 +525,6 @@ def measure(model: nn.Module, splits: dict[str, Split], normalize: Normalize) ->
     return out
 
 
-def renew_statistics(model: nn.Module, split: Split, normalize: Normalize) -> None:
-    """BatchNorm's statistics, which Momentum-SAM takes at the perturbed weights, anew at the clean ones."""
-    torch.optim.swa_utils.update_bn((normalize(images) for images in split.images.split(500)), model)
-
-
 def finite(x: float) -> float | None:
     """x, or None, which JSON can say."""
     return x if math.isfinite(x) else None
@@ -578,28 +546,14 @@ def save(path: Path, content: Any) -> None:
     part.replace(path)
 
 
-def random_states(generator: torch.Generator) -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "data": generator.get_state()}
-
-
-def set_random_states(states: dict[str, Any], generator: torch.Generator) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
-    generator.set_state(states["data"])
-
-
 def environment(device: str = "cpu") -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-        cpu = names[0] if names else cpu
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search("model name\\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sam_fused": sam_fused.__version__,
-        "cpu": cpu,
+        "cpu": named[1] if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "instruction_set": extension().cpu_isa(),
         "threads": torch.get_num_threads(),
@@ -641,64 +595,55 @@ def train(
     """
     torch.set_num_threads(s.threads)
     out = Path(s.out)
-    checkpoint = rank_0_first(lambda: open_run(s, resume))
-    splits = rank_0_first(lambda: load_data(s))
+    checkpoint, splits = rank_0_first(lambda: (open_run(s, resume), load_data(s)))
     train_split, test_split = splits["train"], splits["test"]
     test_subset = test_split if s.eval_size is None else divide(test_split, s.eval_size, 0, "--eval-size")[0]
     normalize = Normalize(train_split.images)
-    torch.manual_seed(s.seed)
+    torch.manual_seed(s.seed)  # of the network; the order of the images and their augmentation have a generator
     generator = torch.Generator(s.device).manual_seed(s.seed)
     parts = build(s)
-    model, scheduler = parts.model, parts.scheduler
     metrics: list[dict[str, Any]] = []
     if checkpoint:
-        for name, holder in parts.kept().items():
-            holder.load_state_dict(checkpoint[name])
-        set_random_states(checkpoint["random"], generator)
+        for name, part in parts.kept().items():
+            part.load_state_dict(checkpoint[name])
+        generator.set_state(checkpoint["random"]["data"])
         metrics = checkpoint["metrics"]
-        say(f"{out}: going on after epoch {len(metrics)} of {s.epochs}")
-    if rank():
-        torch.manual_seed(s.seed + rank())
+        if not rank():
+            print(f"{out}: going on after epoch {len(metrics)} of {s.epochs}", flush=True)
+            write_metrics(out, metrics)  # which the kill may have prevented
     steps = math.ceil(len(train_split.labels) / s.batch_size)
     for epoch in range(len(metrics) + 1, s.epochs + 1):
-        start, cpu_start, lr = time.perf_counter(), time.process_time(), scheduler.get_last_lr()[0]
+        start, cpu_start, lr = time.perf_counter(), time.process_time(), parts.scheduler.get_last_lr()[0]
         data = batches(train_split, s.batch_size, generator, flip=s.dataset == "cifar10", crop=s.augment)
-        model.train()
+        parts.model.train()
         hidden = True if rank() else None  # None: where there is no terminal
-        with tqdm(total=steps, desc=f"epoch {epoch}/{s.epochs}", leave=False, disable=hidden) as bar:
-            row = train_epoch(s, parts, data, normalize, bar)
+        with tqdm(data, f"epoch {epoch}/{s.epochs}", steps, leave=False, disable=hidden) as bar:
+            row = train_epoch(s, parts, bar, normalize)
         row["train_cpu_seconds"] = time.process_time() - cpu_start  # of all threads, whatever else the machine does
-        scheduler.step()
+        parts.scheduler.step()
         parts.rho_schedule.step()
         metrics.append({"epoch": epoch, "lr": lr, **row})
         if rank():
             continue
         last = epoch == s.epochs
-        if last and s.method == "msam":
-            renew_statistics(model, train_split, normalize)
-        metrics[-1] |= measure(model, {**splits, "test": test_split if last else test_subset}, normalize)
+        if last and s.method == "msam":  # until here BatchNorm's statistics are of the perturbed weights
+            torch.optim.swa_utils.update_bn(map(normalize, train_split.images.split(500)), parts.model)
+        metrics[-1] |= measure(parts.model, {**splits, "test": test_split if last else test_subset}, normalize)
         metrics[-1]["seconds"] = time.perf_counter() - start
-        states = {name: holder.state_dict() for name, holder in parts.kept().items()}
-        save(out / "checkpoint.pt", {**states, "random": random_states(generator), "metrics": metrics})
+        states = {name: part.state_dict() for name, part in parts.kept().items()}
+        save(out / "checkpoint.pt", {**states, "random": {"data": generator.get_state()}, "metrics": metrics})
         if s.keep_every and epoch % s.keep_every == 0:
             save(out / f"weights-{epoch:04}.pt", states["model"])
         write_metrics(out, metrics)
         if after_epoch:
             after_epoch(metrics[-1])
         else:
-            say(line(metrics[-1], s.epochs))
-    if not rank():
-        write_metrics(out, metrics)
+            print(line(metrics[-1], s.epochs), flush=True)
     return metrics
 
 
 def write_metrics(out: Path, metrics: list[dict[str, Any]]) -> None:
     save(out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
-
-
-def say(text: str) -> None:
-    if not rank():
-        print(text, flush=True)
 
 
 # What an epoch's line and the report show, where it is measured: the key in metrics.jsonl, the title and the format.
@@ -716,25 +661,27 @@ COLUMNS = {
 }
 
 
-def cells(m: dict[str, Any], columns: list[str]) -> dict[str, str]:
-    """By title."""
-    shown = [(m.get(key), *COLUMNS[key]) for key in columns]
-    return {title: "-" if value is None else format(value, form) for value, title, form in shown}
-
-
-def measured(*rows: dict[str, Any]) -> list[str]:
-    """The columns that one of them has."""
-    return [key for key in COLUMNS if any(key in m for m in rows)]
+def shown(m: dict[str, Any]) -> dict[str, str]:
+    """The cells of an epoch by title."""
+    measured = [(m[key], *column) for key, column in COLUMNS.items() if key in m]
+    return {title: "-" if value is None else format(value, form) for value, title, form in measured}
 
 
 def line(m: dict[str, Any], epochs: int) -> str:
-    columns = "  ".join(f"{title} {cell:>6}" for title, cell in cells(m, measured(m)).items())
+    columns = "  ".join(f"{title} {cell:>6}" for title, cell in shown(m).items())
     return f"epoch {m['epoch']:3}/{epochs}  lr {m['lr']:<6.2g}  {columns}"
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """A table in Markdown; its first row is the titles."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * width for width in widths]
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in (rows[0], rule, *rows[1:]))
 
 
 def report(folders: list[str]) -> str:
     """A table of the last epoch of each run; the seconds are the mean of its epochs."""
-    runs = []
+    rows = []
     for folder in map(Path, folders):
         try:
             s = json.loads((folder / "config.json").read_text())["settings"]
@@ -742,16 +689,12 @@ def report(folders: list[str]) -> str:
         except OSError as error:
             raise RunError(f"--report: {folder} holds no run: {error}") from error
         last = {**epochs[-1], "seconds": sum(m["seconds"] for m in epochs) / len(epochs)}
-        runs.append((folder.name, s, last))
-    columns = measured(*(last for *_, last in runs))
-    rows = [("run", "optimizer", "epochs", *(COLUMNS[key][0] for key in columns))]
-    for name, s, last in runs:
         kind = ("A" if s["adaptive"] else "") + s.get("method", "sam").upper()
-        sam = f" + {kind} {s['rho']:g}" if s["rho"] else ""
-        rows.append((name, s["base"] + sam, f"{last['epoch']}/{s['epochs']}", *cells(last, columns).values()))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
+        optimizer = s["base"] + (f" + {kind} {s['rho']:g}" if s["rho"] else "")
+        done = f"{last['epoch']}/{s['epochs']}"
+        rows.append({"run": folder.name, "optimizer": optimizer, "epochs": done, **shown(last)})
+    titles = ["run", "optimizer", "epochs", *(title for title, _ in COLUMNS.values() if any(title in r for r in rows))]
+    return aligned([titles, *([row.get(title, "-") for title in titles] for row in rows)])
 
 
 def main(argv: list[str] | None = None) -> int:

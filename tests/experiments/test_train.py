@@ -340,6 +340,8 @@ def test_norm_only():
     _, parts, *_ = one_step("--norm-only", "--rho", "0.3")
     assert [group["rho"] for group in parts.optimizer.param_groups] == [0.3, 0.0]
     assert sum(len(group["params"]) for group in parts.optimizer.param_groups) == 62
+    _, parts, *_ = one_step("--norm-only", "--method", "msam", "--rho", "0")
+    assert [group["rho"] for group in parts.optimizer.param_groups] == [0.0, 0.0]
 
 
 def losses(*flags: str) -> list[float]:
