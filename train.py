@@ -423,7 +423,7 @@ def build(s: Settings) -> Parts:
     if s.method == "msam":
         opt = FusedMSAM(params, BASES[s.base], model=net, **options)
     else:
-        opt = FusedSAM(params, BASES[s.base], model=net, scaler=scaler, **options)
+        opt = FusedSAM(params, BASES[s.base], model=net, scaler=scaler, lean_ascent=s.norm_only, **options)
     milestones = [math.ceil(f * s.epochs) for f in LR_MILESTONES]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(opt, milestones, LR_DECAY)
     return Parts(model, opt, scheduler, LambdaRho(opt, late(s.sam_from * s.epochs)), scaler, net)
