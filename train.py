@@ -697,21 +697,30 @@ def report(folders: list[str]) -> str:
     return aligned([titles, *([row.get(title, "-") for title in titles] for row in rows)])
 
 
+def exit_status(program: str, call: Callable[[], object], interrupted: str) -> int:
+    """Of a command that is ``call``: 0, 1 with the message of an error that is to be expected, or 130 by Ctrl-C."""
+    try:
+        call()
+    except (DataError, RunError, FloatingPointError, ImportError, OSError, ValueError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {interrupted}", file=sys.stderr)
+        return 130
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
+
+    def run() -> None:
         if args.report:
             print(report(args.report))
         else:
             with processes(settle(args)) as settings:
                 train(settings, args.resume)
-    except (DataError, RunError, FloatingPointError, ImportError, ValueError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; whole epochs are kept in {args.out}: add --resume to go on", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_status("train.py", run, f"whole epochs are kept in {args.out}: add --resume to go on")
 
 
 if __name__ == "__main__":

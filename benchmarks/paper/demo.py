@@ -169,17 +169,13 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     p.add_argument("--seed", type=int, default=1)
     args = p.parse_args(argv)
-    try:
+
+    def run() -> None:
         runs = plan(args.out, args.seed)
         sweep(lambda: [runs], "demo")
         print("\n" + report(runs, args.out) + f"\nThe curves: {args.out / 'demo.png'}")
-    except (train.DataError, train.RunError, OSError, ImportError, ValueError) as error:
-        print(f"demo.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    return train.exit_status("demo.py", run, "the same command goes on")
 
 
 if __name__ == "__main__":

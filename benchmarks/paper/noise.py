@@ -365,17 +365,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
+
+    def run() -> None:
         if not args.report_only:
             sweep(lambda: plan(args), f"noise, {args.preset}", args.max_runs, keep_checkpoints=False)
         print(report(args.out))
-    except (train.DataError, train.RunError, ImportError, ValueError) as error:
-        print(f"noise.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {args.out} keeps the runs and whole epochs: the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    return train.exit_status("noise.py", run, f"{args.out} keeps the runs and whole epochs: the same command goes on")
 
 
 if __name__ == "__main__":

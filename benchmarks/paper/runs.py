@@ -150,12 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("out", type=Path, help="the folder of a sweep")
     p.add_argument("to", type=Path, help="the folder that gets runs.jsonl")
     args = p.parse_args(argv)
-    try:
-        print(pack(args.out, args.to))
-    except (train.RunError, OSError, ValueError) as error:
-        print(f"runs.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return train.exit_status("runs.py", lambda: print(pack(args.out, args.to)), "nothing was written")
 
 
 if __name__ == "__main__":

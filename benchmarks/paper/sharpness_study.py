@@ -267,24 +267,23 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--directions", type=int, default=5, metavar="M", help="of the average")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = p.parse_args(argv)
-    try:
+
+    def run() -> None:
         results = [r for r in read_runs(args.runs) if r.finished and not r.in_grid]
         if not results:
             raise train.RunError(f"{args.runs} holds no finished runs of table1.py")
         rho, adaptive = recipe_of(results[0].settings)
         path = args.runs / "sharpness.json"
         held = json.loads(path.read_text()) if args.report_only else study(args, results)
-    except (train.DataError, train.RunError, OSError, ValueError) as error:
-        print(f"sharpness_study.py: {error}", file=sys.stderr)
-        return 1
-    cells = by_cell([r for r in results if r.name in held])
-    text = markdown(held, cells, rho, adaptive)
-    train.save(args.runs / "sharpness.md", text)
-    draw_training(held, cells, rho, args.runs / "sharpness_training.png")
-    draw_rho(held, cells, args.runs / "sharpness_rho.png")
-    draw_loss(cells, rho, args.runs / "sharpness_loss.png")
-    print(text)
-    return 0
+        cells = by_cell([r for r in results if r.name in held])
+        text = markdown(held, cells, rho, adaptive)
+        train.save(args.runs / "sharpness.md", text)
+        draw_training(held, cells, rho, args.runs / "sharpness_training.png")
+        draw_rho(held, cells, args.runs / "sharpness_rho.png")
+        draw_loss(cells, rho, args.runs / "sharpness_loss.png")
+        print(text)
+
+    return train.exit_status("sharpness_study.py", run, "the same command goes on")
 
 
 if __name__ == "__main__":

@@ -222,20 +222,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
+
+    def run() -> None:
         if args.dry_run:
             dry_run(args)
-            return 0
+            return
         if not args.report_only:
             sweep(lambda: plan(args), args.recipe, args.max_runs)
         print(report(args.out))
-    except (train.DataError, train.RunError, ImportError, ValueError) as error:
-        print(f"table1.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {args.out} keeps the runs and whole epochs: the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    return train.exit_status("table1.py", run, f"{args.out} keeps the runs and whole epochs: the same command goes on")
 
 
 if __name__ == "__main__":
