@@ -373,7 +373,7 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     assert config["settings"]["rho"] == 0.05
     assert config["environment"]["torch"] == torch.__version__
     rows = metrics(out)
-    keys = "epoch lr train_loss train_acc test_loss test_acc sharpness realised_sharpness seconds"
+    keys = "epoch lr train_loss train_acc test_loss test_acc sharpness realised_sharpness train_cpu_seconds seconds"
     assert [set(row) for row in rows] == [set(keys.split())] * 2
     assert [row["epoch"] for row in rows] == [1, 2]
     assert config["environment"]["processes"] == 1
