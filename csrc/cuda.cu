@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <new>
+#include <type_traits>
 
 namespace sam {
 namespace {
@@ -119,41 +120,83 @@ __device__ Share<E> share_of_block(const Entries<E, kBytes>& entries) {
 
 // ---- memory ----
 
+// kWidth numbers, as the words that registers hold them in.
 template <class T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vec {
-  T at[kWidth];
+  using Word =
+      std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) * kWidth == 2, uint16_t, uint32_t>>;
+  static constexpr int width = kWidth, kPerWord = sizeof(Word) / sizeof(T);
+  Word words[kWidth / kPerWord];
+
+  __device__ __forceinline__ T get(int k) const {
+    T x;
+    if constexpr (kPerWord == 2)
+      x.bits = static_cast<uint16_t>(words[k / 2] >> 16 * (k % 2));
+    else
+      memcpy(&x, &words[k], sizeof x);
+    return x;
+  }
+  __device__ __forceinline__ void set(int k, T x) {
+    if constexpr (kPerWord == 2)
+      words[k / 2] = (words[k / 2] & 0xffff0000u >> 16 * (k % 2)) | static_cast<uint32_t>(x.bits) << 16 * (k % 2);
+    else
+      memcpy(&words[k], &x, sizeof x);
+  }
 };
+
+// kWidth numbers, from p or to p, at once if p is aligned to all their bytes, else word by word, or one by one.
 template <int kWidth, class T>
 __device__ __forceinline__ Vec<T, kWidth> read(const T* p) {
-  return *reinterpret_cast<const Vec<T, kWidth>*>(p);
+  using V = Vec<T, kWidth>;
+  using Word = typename V::Word;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+  if (kWidth == 1 || address % sizeof(V) == 0) return *reinterpret_cast<const V*>(p);
+  V v{};
+  if (V::kPerWord == 1 || address % sizeof(Word) == 0)
+    for (int k = 0; k < kWidth / V::kPerWord; ++k) v.words[k] = reinterpret_cast<const Word*>(p)[k];
+  else
+    for (int k = 0; k < kWidth; ++k) v.set(k, p[k]);
+  return v;
 }
 template <int kWidth, class T>
 __device__ __forceinline__ void write(T* p, const Vec<T, kWidth>& v) {
-  *reinterpret_cast<Vec<T, kWidth>*>(p) = v;
+  using V = Vec<T, kWidth>;
+  using Word = typename V::Word;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+  if (kWidth == 1 || address % sizeof(V) == 0)
+    *reinterpret_cast<V*>(p) = v;
+  else if (V::kPerWord == 1 || address % sizeof(Word) == 0)
+    for (int k = 0; k < kWidth / V::kPerWord; ++k) reinterpret_cast<Word*>(p)[k] = v.words[k];
+  else
+    for (int k = 0; k < kWidth; ++k) p[k] = v.get(k);
 }
 
-template <int kValue>
-struct Width {
-  static constexpr int value = kValue;
-};
-
-// Elements before the first 16-byte boundary; all n, if the pointers do not meet theirs at the same element.
-template <class T, int kPointers>
-__device__ int head_of(int n, const void* const (&pointers)[kPointers]) {
-  const uintptr_t offset = reinterpret_cast<uintptr_t>(pointers[0]) % 16;
-  int head = static_cast<int>((16 - offset) % 16 / sizeof(T));
-  for (int k = 1; k < kPointers; ++k)
-    if (reinterpret_cast<uintptr_t>(pointers[k]) % 16 != offset) head = n;
-  return head < n ? head : n;
-}
-
-// f(Width<w>{}, i) for the w elements from i on: 16 bytes at a time from `head` on, the elements around one by one.
-template <class T, class F>
-__device__ void for_elements(int n, int head, const F& f) {
-  constexpr int kWidth = 16 / sizeof(T);
-  const int thread = static_cast<int>(threadIdx.x), body = (n - head) / kWidth * kWidth;
-  for (int i = thread * kWidth; i < body; i += kThreads * kWidth) f(Width<kWidth>{}, head + i);
-  for (int i = thread; i < n - body; i += kThreads) f(Width<1>{}, i < head ? i : i + body);
+// Calls use(i, v) for each few of n elements, where v[k] holds from[k][i] and on: 16 bytes of them from the first
+// 16-byte boundary of from[0] on, one element before it and after the last 16 bytes. A thread starts four reads of 16
+// bytes, or all of one i, before it uses the first: a write must not come between them, or they would wait for each
+// other.
+template <class T, int kFrom, class Use>
+__device__ void for_elements(int n, const T* const (&from)[kFrom], const Use& use) {
+  constexpr int kWidth = 16 / sizeof(T), kStep = kThreads * kWidth, kBatch = kFrom < 4 ? 4 / kFrom : 1;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int to_boundary = static_cast<int>((16 - reinterpret_cast<uintptr_t>(from[0]) % 16) % 16 / sizeof(T));
+  const int head = to_boundary < n ? to_boundary : n, body = (n - head) / kWidth * kWidth;
+  for (int first = thread * kWidth; first < body; first += kBatch * kStep) {
+    Vec<T, kWidth> v[kBatch][kFrom];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b)
+      if (first + b * kStep < body)
+        for (int k = 0; k < kFrom; ++k) v[b][k] = read<kWidth>(from[k] + head + first + b * kStep);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b)
+      if (first + b * kStep < body) use(head + first + b * kStep, v[b]);
+  }
+  if (thread < n - body) {
+    const int i = thread < head ? thread : thread + body;
+    Vec<T, 1> v[kFrom];
+    for (int k = 0; k < kFrom; ++k) v[k] = read<1>(from[k] + i);
+    use(i, v);
+  }
 }
 
 // ---- sums ----
@@ -171,21 +214,37 @@ __device__ double block_sum(double x, double* sums) {
   return x;
 }
 
+// The sum of the squares of a vector's w numbers. Double arithmetic is up to 64 times as slow as float, and so is the
+// conversion to it. So the squares are added up in float, to w 2^-24 of the sum, which is converted once. Where they
+// overflow, or are so small that underflow would count, each number is converted.
+template <class A, int kWidth>
+__device__ __forceinline__ double sum_of_squares(const A (&x)[kWidth]) {
+  A sum = 0;
+  for (int k = 0; k < kWidth; ++k) sum = std::fma(x[k], x[k], sum);
+  if (std::is_same_v<A, double> || (sum >= A(0x1p-100) && std::isfinite(sum))) return sum;
+  bool zero = true;  // as most rows of an embedding's gradient are
+  for (int k = 0; k < kWidth; ++k) zero &= x[k] == 0;
+  if (zero) return 0;
+  double exact = 0;
+  for (int k = 0; k < kWidth; ++k) exact = std::fma(static_cast<double>(x[k]), static_cast<double>(x[k]), exact);
+  return exact;
+}
+
 template <bool kAdaptive, class T>
-__device__ double sum_of_squares(const Ascent& ascent, int n, const T* w, const T* g) {
+__device__ double sq_norm_of_elements(const Ascent& ascent, int n, const T* w, const T* g) {
   using A = arithmetic_t<T>;
   const Ascend<A, kAdaptive> ascend(ascent);
   double sum = 0;
-  for_elements<T>(n, head_of<T>(n, {g, kAdaptive ? w : g}), [&](auto width, int i) {
-    constexpr int kWidth = decltype(width)::value;
-    const Vec<T, kWidth> y = read<kWidth>(g + i);
-    Vec<T, kWidth> x = y;
-    if constexpr (kAdaptive) x = read<kWidth>(w + i);
-    for (int k = 0; k < kWidth; ++k) {
-      const double scaled = ascend.scaled(load(x.at[k]), load(y.at[k]));
-      sum = std::fma(scaled, scaled, sum);
-    }
-  });
+  const auto add = [&](const auto& x, const auto& y) {
+    constexpr int kWidth = std::remove_reference_t<decltype(x)>::width;
+    A scaled[kWidth];
+    for (int k = 0; k < kWidth; ++k) scaled[k] = ascend.scaled(load(x.get(k)), load(y.get(k)));
+    sum += sum_of_squares(scaled);
+  };
+  if constexpr (kAdaptive)
+    for_elements<T>(n, {g, w}, [&](int, const auto& v) { add(v[1], v[0]); });
+  else
+    for_elements<T>(n, {g}, [&](int, const auto& v) { add(v[0], v[0]); });
   return sum;
 }
 
@@ -198,8 +257,8 @@ __global__ void __launch_bounds__(kThreads)
   const Share<NormEntry> share = share_of_block(entries);
   const T* w = share.template pointer<const T>(0);
   const T* g = share.template pointer<const T>(1);
-  const double sum = share.entry.adaptive != 0 ? sum_of_squares<true>(share.entry, share.size, w, g)
-                                               : sum_of_squares<false>(share.entry, share.size, w, g);
+  const double sum = share.entry.adaptive != 0 ? sq_norm_of_elements<true>(share.entry, share.size, w, g)
+                                               : sq_norm_of_elements<false>(share.entry, share.size, w, g);
   const double total = block_sum(sum, sums);
   if (threadIdx.x == 0) partial[share.entry.index + share.chunk] = total;
 }
@@ -243,21 +302,23 @@ __global__ void sharpness_kernel(const __grid_constant__ Rhos rhos, const double
 
 using PerturbEntry = Entry<3, Ascent>;  // param, grad, backup
 
+template <class T>
+__device__ void copy_elements(int n, T* to, const T* from) {
+  for_elements<T>(n, {from}, [&](int i, const auto& v) { write(to + i, v[0]); });
+}
+
 template <bool kAdaptive, class T>
 __device__ void perturb_elements(const Ascent& ascent, double norm, bool saved, uint32_t first, int n, T* w, const T* g,
                                  T* backup) {
   const Ascend<arithmetic_t<T>, kAdaptive> ascend(ascent, norm);
-  const bool finite = std::isfinite(norm);
-  const T* from = saved ? backup : w;
-  for_elements<T>(n, head_of<T>(n, {w, g, backup}), [&](auto width, int i) {
-    constexpr int kWidth = decltype(width)::value;
-    Vec<T, kWidth> x = read<kWidth>(from + i);
-    if (!saved) write(backup + i, x);
-    if (finite) {
-      const Vec<T, kWidth> y = read<kWidth>(g + i);
-      for (int k = 0; k < kWidth; ++k) ascend.perturb(x.at[k], x.at[k], load(y.at[k]), first + i + k);
+  for_elements<T>(n, {saved ? backup : w, g}, [&](int i, auto& v) {
+    if (!saved) write(backup + i, v[0]);
+    for (int k = 0; k < v[0].width; ++k) {
+      T x = v[0].get(k);
+      ascend.perturb(x, x, load(v[1].get(k)), first + i + k);
+      v[0].set(k, x);
     }
-    if (finite || saved) write(w + i, x);
+    write(w + i, v[0]);
   });
 }
 
@@ -269,16 +330,12 @@ __global__ void __launch_bounds__(kThreads)
   const T* g = share.template pointer<const T>(1);
   T* backup = share.template pointer<T>(2);
   const uint32_t first = static_cast<uint32_t>(share.chunk * kChunk);
-  if (share.entry.adaptive != 0)
+  if (!std::isfinite(*norm))
+    copy_elements(share.size, saved ? w : backup, saved ? backup : w);
+  else if (share.entry.adaptive != 0)
     perturb_elements<true>(share.entry, *norm, saved, first, share.size, w, g, backup);
   else
     perturb_elements<false>(share.entry, *norm, saved, first, share.size, w, g, backup);
-}
-
-template <class T>
-__device__ void copy_elements(int n, T* to, const T* from) {
-  for_elements<T>(n, head_of<T>(n, {to, from}),
-                  [&](auto width, int i) { write(to + i, read<decltype(width)::value>(from + i)); });
 }
 
 using RestoreEntry = Entry<2, Nothing>;  // param, backup
@@ -335,8 +392,14 @@ __global__ void __launch_bounds__(kThreads)
 template <class Base>
 using UpdateEntry = Entry<3 + Base::states, Nothing>;  // param, grad, backup, states
 
+// Blocks that a multiprocessor is to have the registers for. More would put some into local memory.
+template <class T, class Base>
+constexpr int kResident = sizeof(T) == 8                        ? 2
+                          : sizeof(T) == 2 && Base::states == 3 ? 3
+                                                                : 4;
+
 template <class T, class Base, int kBytes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident<T, Base>)
     update_kernel(const __grid_constant__ Entries<UpdateEntry<Base>, kBytes> entries, const Slot<Base>* slots,
                   const float* found_inf) {
   using A = arithmetic_t<T>;
@@ -351,22 +414,19 @@ __global__ void __launch_bounds__(kThreads)
   const auto update = *reinterpret_cast<const typename Base::template Update<A>*>(slots + share.entry.index);
   constexpr int kStates = Base::states;
   T* states[kStates + 1];
-  const void* pointers[3 + kStates] = {w, g, from};
-  for (int k = 0; k < kStates; ++k) pointers[3 + k] = states[k] = share.template pointer<T>(3 + k);
-  for_elements<T>(share.size, head_of<T>(share.size, pointers), [&](auto width, int i) {
-    constexpr int kWidth = decltype(width)::value;
-    Vec<T, kWidth> x = read<kWidth>(from + i), s[kStates + 1];
-    const Vec<T, kWidth> y = read<kWidth>(g + i);
-    for (int k = 0; k < kStates; ++k) s[k] = read<kWidth>(states[k] + i);
-    for (int j = 0; j < kWidth; ++j) {
-      A weight = load(x.at[j]), state[kStates + 1];
-      for (int k = 0; k < kStates; ++k) state[k] = load(s[k].at[j]);
-      update(weight, load(y.at[j]), state);
-      for (int k = 0; k < kStates; ++k) store(s[k].at[j], state[k]);
-      store(x.at[j], weight);
+  const T* lists[2 + kStates] = {from, g};
+  for (int k = 0; k < kStates; ++k) lists[2 + k] = states[k] = share.template pointer<T>(3 + k);
+  for_elements<T>(share.size, lists, [&](int i, auto& v) {
+    for (int j = 0; j < v[0].width; ++j) {
+      A weight = load(v[0].get(j)), state[kStates + 1];
+      for (int k = 0; k < kStates; ++k) state[k] = load(v[2 + k].get(j));
+      update(weight, load(v[1].get(j)), state);
+      T x;
+      for (int k = 0; k < kStates; ++k) store(x, state[k]), v[2 + k].set(j, x);
+      store(x, weight), v[0].set(j, x);
     }
-    for (int k = 0; k < kStates; ++k) write(states[k] + i, s[k]);
-    write(w + i, x);
+    for (int k = 0; k < kStates; ++k) write(states[k] + i, v[2 + k]);
+    write(w + i, v[0]);
   });
 }
 

@@ -41,12 +41,12 @@ BUGS = {
     ),
     "a read past the end": (
         "address",
-        {**SMALL, "i < n - body; i += kThreads": "i <= n - body; i += kThreads"},
+        {**SMALL, "if (thread < n - body)": "if (thread <= n - body)"},
         r"heap-buffer-overflow.*\n.*READ of size",
     ),
     "a misaligned vector": (
         "alignment",
-        {**SMALL, "% 16 != offset) head = n;": "% 16 != offset) continue;"},
+        {**SMALL, "address % sizeof(V) == 0)\n    *reinterpret_cast": "true)\n    *reinterpret_cast"},
         r"misaligned address",
     ),
     "shared memory used again without a barrier": (
@@ -56,6 +56,8 @@ BUGS = {
         )},
         r"ThreadSanitizer: data race",
     ),
+    "squares lost to underflow": ("", {"sum >= A(0x1p-100) && ": ""}, r"norm of extreme numbers"),
+    "squares that overflow": ("", {" && std::isfinite(sum)": ""}, r"norm of extreme numbers"),
     "a sum over blocks that is not atomic": (
         "thread",
         {**SMALL, "partial[share.entry.index + share.chunk] = total;": "partial[share.entry.index] += total;"},
