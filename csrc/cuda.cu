@@ -14,7 +14,7 @@ namespace sam {
 namespace {
 
 // Bytes of a launch's arguments. Every driver takes up to 4,096; since CUDA 12.1 it is 32,764.
-constexpr int kSmall = 4096, kLarge = 32000;
+constexpr int kSmall = 4096, kMedium = 12288, kLarge = 32000;
 constexpr int kOther = 64;  // bytes of them that are not rows
 static_assert(kSmall <= 4096 && kLarge <= 32764);
 
@@ -66,8 +66,9 @@ namespace sam {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSumThreads = 1024;    // of the one block that sums a group's chunks
-constexpr int64_t kChunk = 1 << 13;  // elements
+constexpr int kSumThreads = 1024;  // of the one block that sums a group's chunks
+constexpr int kChunk = 1 << 13;    // elements, of tables of a common size: see chunk_of()
+constexpr int kBlocks = 1 << 12;
 
 // ---- arguments ----
 
@@ -85,7 +86,7 @@ struct Entry : Extra {
 template <class E, int kBytes>
 struct Entries {
   static constexpr int kMax = (kBytes - kOther) / sizeof(E);
-  int32_t n = 0;
+  int32_t n = 0, chunk;  // the chunk's elements
   E at[kMax];
 };
 
@@ -93,12 +94,12 @@ struct Entries {
 template <class E>
 struct Share {
   const E& entry;
-  int64_t chunk;
+  int64_t begin;
   int size;
 
   template <class T>
   __device__ T* pointer(int k) const {
-    return static_cast<T*>(entry.pointers[k]) + chunk * kChunk;
+    return static_cast<T*>(entry.pointers[k]) + begin;
   }
 };
 
@@ -114,8 +115,8 @@ __device__ Share<E> share_of_block(const Entries<E, kBytes>& entries) {
       high = middle - 1;
   }
   const E& entry = entries.at[low];
-  const int64_t chunk = block - entry.first_block, left = entry.numel - chunk * kChunk;
-  return {entry, chunk, static_cast<int>(left < kChunk ? left : kChunk)};
+  const int64_t begin = static_cast<int64_t>(block - entry.first_block) * entries.chunk, left = entry.numel - begin;
+  return {entry, begin, static_cast<int>(left < entries.chunk ? left : entries.chunk)};
 }
 
 // ---- memory ----
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(kThreads)
   const double sum = share.entry.adaptive != 0 ? sq_norm_of_elements<true>(share.entry, share.size, w, g)
                                                : sq_norm_of_elements<false>(share.entry, share.size, w, g);
   const double total = block_sum(sum, sums);
-  if (threadIdx.x == 0) partial[share.entry.index + share.chunk] = total;
+  if (threadIdx.x == 0) partial[share.entry.index + blockIdx.x - share.entry.first_block] = total;
 }
 
 // Where the partial sums of consecutive groups begin, and where the last one's end.
@@ -329,7 +330,7 @@ __global__ void __launch_bounds__(kThreads)
   T* w = share.template pointer<T>(0);
   const T* g = share.template pointer<const T>(1);
   T* backup = share.template pointer<T>(2);
-  const uint32_t first = static_cast<uint32_t>(share.chunk * kChunk);
+  const uint32_t first = static_cast<uint32_t>(share.begin);
   if (!std::isfinite(*norm))
     copy_elements(share.size, saved ? w : backup, saved ? backup : w);
   else if (share.entry.adaptive != 0)
@@ -432,48 +433,62 @@ __global__ void __launch_bounds__(kThreads, kResident<T, Base>)
 
 // ---- launches ----
 
-int64_t blocks_of(const Row& row) { return (row.numel + kChunk - 1) / kChunk; }
+// The elements of a chunk: the fewest of three sizes that make no more than kBlocks blocks of a table. So a small model
+// has work for every multiprocessor, a large one few partial sums, and the order of a sum depends on the table alone.
+int chunk_of(const Table& table) {
+  int64_t total = 0;
+  for (const Row& row : table) total += row.numel;
+  int chunk = kChunk / 4;
+  while (chunk < kChunk * 4 && total > static_cast<int64_t>(chunk) * kBlocks) chunk *= 4;
+  return chunk;
+}
 
-// Fills arguments with the rows of one type, and hands them over with the number of their blocks whenever they are
-// full, and at the end. `fill` says whether it wants the row.
+int32_t blocks_of(const Row& row, int chunk) { return static_cast<int32_t>((row.numel + chunk - 1) / chunk); }
+
+// Fills arguments with the rows of one type from row r on, hands them over with the number of their blocks, and
+// returns the row to go on with. `fill` says whether it wants a row.
 template <class E, int kBytes, class Fill, class Launch>
-void for_entries(const Table& table, DType dtype, const Fill& fill, const Launch& launch) {
+size_t launch_entries(const Table& table, size_t r, DType dtype, int chunk, const Fill& fill, const Launch& launch) {
   Entries<E, kBytes> entries;
+  entries.chunk = chunk;
   int32_t blocks = 0;
-  const auto flush = [&] {
-    if (entries.n > 0) launch(entries, blocks);
-    entries.n = blocks = 0;
-  };
-  for (size_t r = 0; r < table.size(); ++r) {
+  for (; r < table.size() && entries.n < entries.kMax; ++r) {
     E& entry = entries.at[entries.n];
     if (table[r].dtype != dtype || table[r].numel == 0 || !fill(entry, table[r], static_cast<int>(r))) continue;
     entry.numel = table[r].numel;
     entry.first_block = blocks;
-    blocks += static_cast<int32_t>(blocks_of(table[r]));
-    if (++entries.n == Entries<E, kBytes>::kMax) flush();
+    blocks += blocks_of(table[r], chunk);
+    ++entries.n;
   }
-  flush();
+  if (entries.n > 0) launch(entries, blocks);
+  return r;
 }
 
-// launch(T{}, entries, blocks) over all rows of a table, type by type.
+// launch(T{}, entries, blocks) over all rows of a table, type by type, with arguments no larger than the rows need.
 template <class E, class Fill, class Launch>
 void for_entries(const Table& table, const Fill& fill, const Launch& launch) {
-  for (const DType dtype : {DType::kFloat, DType::kDouble, DType::kBFloat16, DType::kHalf}) {
-    const auto n = std::count_if(table.begin(), table.end(), [&](const Row& row) { return row.dtype == dtype; });
+  const int chunk = chunk_of(table);
+  for (const DType dtype : {DType::kFloat, DType::kDouble, DType::kBFloat16, DType::kHalf})
     with_dtype(dtype, [&](auto t) {
       const auto one = [&](const auto& entries, int32_t blocks) { launch(t, entries, blocks); };
-      if (n > Entries<E, kSmall>::kMax && takes_large_arguments())
-        for_entries<E, kLarge>(table, dtype, fill, one);
-      else
-        for_entries<E, kSmall>(table, dtype, fill, one);
+      for (size_t r = 0; r < table.size();) {
+        const auto left = std::count_if(table.begin() + r, table.end(),
+                                        [&](const Row& row) { return row.dtype == dtype && row.numel > 0; });
+        if (left <= Entries<E, kSmall>::kMax || !takes_large_arguments())
+          r = launch_entries<E, kSmall>(table, r, dtype, chunk, fill, one);
+        else if (left <= Entries<E, kMedium>::kMax)
+          r = launch_entries<E, kMedium>(table, r, dtype, chunk, fill, one);
+        else
+          r = launch_entries<E, kLarge>(table, r, dtype, chunk, fill, one);
+      }
     });
-  }
 }
 
 void grad_sq_norm(const Queue& queue, const Table& table, const Ascent* groups, int64_t n_groups, double* sq_norms) {
+  const int chunk = chunk_of(table);
   std::vector<int32_t> first(table.size() + 1), begin(n_groups + 1);  // partial sums before each row and each group
   for (size_t r = 0; r < table.size(); ++r) {
-    first[r + 1] = first[r] + static_cast<int32_t>(blocks_of(table[r]));
+    first[r + 1] = first[r] + blocks_of(table[r], chunk);
     begin[table[r].group + 1] = first[r + 1];
   }
   for (int64_t g = 0; g < n_groups; ++g) begin[g + 1] = std::max(begin[g], begin[g + 1]);

@@ -223,6 +223,45 @@ void extreme_norms(const std::vector<DType>& dtypes) {
     }
 }
 
+// The chunks are the smallest that make kBlocks blocks at most, and the arguments the smallest that hold the rows.
+void expect_launches() {
+  const std::pair<int64_t, int> chunks[] = {{1, kChunk / 4},
+                                            {int64_t{kChunk / 4} * kBlocks, kChunk / 4},
+                                            {int64_t{kChunk / 4} * kBlocks + 1, kChunk},
+                                            {int64_t{kChunk} * kBlocks, kChunk},
+                                            {int64_t{kChunk} * kBlocks + 1, kChunk * 4},
+                                            {int64_t{1} << 40, kChunk * 4}};
+  for (const auto& [total, chunk] : chunks)
+    expect(chunk_of({{DType::kFloat, 0, total - total / 3}, {DType::kHalf, 0, total / 3}}) == chunk, "chunk", 0, total);
+
+  using Sizes = std::vector<std::pair<int, int32_t>>;  // bytes and rows
+  using E = UpdateEntry<Adam>;
+  constexpr int small = Entries<E, kSmall>::kMax, medium = Entries<E, kMedium>::kMax, large = Entries<E, kLarge>::kMax;
+  const auto launches = [](size_t rows) {
+    Table table(rows, {DType::kHalf, 0, kChunk / 4 + 1});
+    table.resize(rows + 2, {DType::kHalf, 0, 0});
+    Sizes sizes;
+    for_entries<E>(
+        table, [](E&, const Row&, int) { return true; },
+        [&]<class T, int kBytes>(T, const Entries<E, kBytes>& entries, int32_t blocks) {
+          expect(sizeof(T) == 2 && blocks == entries.n * blocks_of(table[0], chunk_of(table)), "blocks", entries.n,
+                 blocks);
+          sizes.push_back({kBytes, entries.n});
+        });
+    return sizes;
+  };
+  if (!takes_large_arguments()) {
+    expect(launches(small + 1) == Sizes{{kSmall, small}, {kSmall, 1}}, "arguments of an old driver", small + 1, 0);
+    return;
+  }
+  expect(launches(0).empty(), "arguments", 0, 0);
+  expect(launches(small) == Sizes{{kSmall, small}}, "arguments", small, 0);
+  expect(launches(small + 1) == Sizes{{kMedium, small + 1}}, "arguments", small + 1, 0);
+  expect(launches(medium) == Sizes{{kMedium, medium}}, "arguments", medium, 0);
+  expect(launches(medium + 1) == Sizes{{kLarge, medium + 1}}, "arguments", medium + 1, 0);
+  expect(launches(large + 1) == Sizes{{kLarge, large}, {kSmall, 1}}, "arguments", large + 1, 0);
+}
+
 void ascend(const List& list) {
   const Table& table = list.table;
   const int64_t groups = static_cast<int64_t>(list.ascent.size());
@@ -369,6 +408,7 @@ int main(int argc, char** argv) {
   std::vector<int64_t> sizes = {1, 0, 5, c - 1, c, c + 1, 7, 33, 2 * c + 9, 64, 0};
   for (int i = 0; i < 30; ++i) sizes.push_back(i * 3 % 41);
   try {
+    expect_launches();
     if (argc > 1) {
       run({2 * c + 9, 1, 0, 5}, {kFloat, kHalf}, 2, 0, false);
       run({c + 1, 17}, {kFloat, kHalf}, 1, 1, true);
