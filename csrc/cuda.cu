@@ -40,12 +40,17 @@ constexpr size_t bytes_of() {
 namespace sam {
 namespace {
 
-template <int kBytes = kSmall, class... P, class... A>
-void launch(void (*kernel)(P...), int64_t blocks, int threads, void* stream, const A&... args) {
+// Reports what this launch is refused for. An error of an earlier call stays for whoever asks the runtime.
+template <int kBytes = kSmall, class... P>
+void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, void* stream,
+            const std::type_identity_t<P>&... args) {
   static_assert(bytes_of<P...>() <= kBytes, "more bytes of kernel arguments than a driver takes");
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA kernel launch: ") + cudaGetErrorString(error));
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                                             dim3(threads), pointers, 0, static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next to ask would be told of it again
+  throw std::runtime_error(std::string("CUDA launch of ") + name + ": " + cudaGetErrorString(error));
 }
 
 bool takes_large_arguments() {
@@ -503,13 +508,13 @@ void grad_sq_norm(const Queue& queue, const Table& table, const Ascent* groups, 
         return true;
       },
       [&]<class T, int kBytes>(T, const Entries<NormEntry, kBytes>& entries, int32_t blocks) {
-        launch<kBytes>(norm_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, partial);
+        launch<kBytes>("norm_kernel", norm_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, partial);
       });
   for (int64_t g = 0; g < n_groups; g += Ranges::kMax) {
     const int64_t n = std::min<int64_t>(n_groups - g, Ranges::kMax);
     Ranges ranges;
     std::copy_n(begin.begin() + g, n + 1, ranges.begin);
-    launch(sum_kernel, n, kSumThreads, queue.stream, ranges, partial, sq_norms + g);
+    launch("sum_kernel", sum_kernel, n, kSumThreads, queue.stream, ranges, partial, sq_norms + g);
   }
 }
 
@@ -521,7 +526,7 @@ void sharpness(const Queue& queue, const double* sq_norms, const Ascent* groups,
     rhos.first = g == 0;
     rhos.last = g + rhos.n == n_groups;
     for (int i = 0; i < rhos.n; ++i) rhos.at[i] = groups[g + i].rho;
-    launch(sharpness_kernel, 1, 1, queue.stream, rhos, sq_norms + g, grad_scale, total, out);
+    launch("sharpness_kernel", sharpness_kernel, 1, 1, queue.stream, rhos, sq_norms + g, grad_scale, total, out);
   }
 }
 
@@ -536,7 +541,8 @@ void perturb(const Queue& queue, const Table& table, const Ascent* groups, const
         return true;
       },
       [&]<class T, int kBytes>(T, const Entries<PerturbEntry, kBytes>& entries, int32_t blocks) {
-        launch<kBytes>(perturb_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, norm, saved);
+        launch<kBytes>("perturb_kernel", perturb_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, norm,
+                       saved);
       });
 }
 
@@ -549,7 +555,7 @@ void restore(const Queue& queue, const Table& table) {
         return row.backup != nullptr;
       },
       [&]<class T, int kBytes>(T, const Entries<RestoreEntry, kBytes>& entries, int32_t blocks) {
-        launch<kBytes>(restore_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries);
+        launch<kBytes>("restore_kernel", restore_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries);
       });
 }
 
@@ -559,8 +565,8 @@ void prepare(const Queue& queue, const Table& table, const typename Base::Hyper*
   Preparation<Base> all;
   const auto flush = [&](size_t next) {
     if (all.n > 0)
-      launch(prepare_kernel<Base>, (all.n + kThreads - 1) / kThreads, kThreads, queue.stream, all, lr, grad_scale,
-             found_inf, slots);
+      launch("prepare_kernel", prepare_kernel<Base>, (all.n + kThreads - 1) / kThreads, kThreads, queue.stream, all, lr,
+             grad_scale, found_inf, slots);
     all.n = 0;
     all.first_row = static_cast<int32_t>(next);
   };
@@ -592,7 +598,8 @@ void restore_step(const Queue& queue, const Table& table, int base, const double
           return true;
         },
         [&]<class T, int kBytes>(T, const Entries<E, kBytes>& entries, int32_t blocks) {
-          launch<kBytes>(update_kernel<T, Base, kBytes>, blocks, kThreads, queue.stream, entries, slots, found_inf);
+          launch<kBytes>("update_kernel", update_kernel<T, Base, kBytes>, blocks, kThreads, queue.stream, entries,
+                         slots, found_inf);
         });
   });
   if (along) grad_sq_norm(queue, along_state(table, along->state), along->groups, along->n_groups, along->sq_norms);
