@@ -94,6 +94,53 @@ def test_a_toolkit_of_another_version(tmp_path):
     assert f"torch's version; {nvcc} is of CUDA 9.1" in done.stderr
 
 
+NVCC_13 = "75 80 86 87 88 89 90 100 110 103 120 121"
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
+@pytest.mark.parametrize(
+    ("gpus", "nvcc", "expected"),
+    [
+        ("sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", NVCC_13, "7.5;8.0;9.0;10.0;12.0+PTX"),
+        ("sm_75 sm_80 sm_90 sm_100 sm_110 sm_120 compute_120", NVCC_13, "7.5;8.0;9.0;10.0;11.0;12.0+PTX"),
+        ("sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90", "50 52 60 70 72 75 80 86 89 90", "7.0;7.5;8.0;9.0+PTX"),
+        ("sm_80 sm_90 sm_100 sm_120", "70 75 80 86 89 90", "8.0;9.0+PTX"),  # an older nvcc: PTX for the rest
+        ("sm_89 sm_90a", NVCC_13, "8.0;9.0+PTX"),
+        ("sm_60", NVCC_13, None),
+    ],
+)
+def test_architectures(gpus, nvcc, expected, tmp_path):
+    """Those of torch, by its oldest GPU of each kind, which nvcc knows."""
+    for folder in ("bin", "include", "lib64"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "include" / "cuda_runtime_api.h").touch()
+    (tmp_path / "lib64" / "libcudart.so").touch()
+    script = tmp_path / "bin" / "nvcc"
+    codes = "".join(f"sm_{code}\\n" for code in nvcc.split())
+    script.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo release {torch.version.cuda}, || printf '{codes}'\n")
+    script.chmod(0o755)
+    program = (
+        "import runpy, sys, torch\n"
+        f"torch._C._cuda_getArchFlags = lambda: {gpus!r}\n"
+        "sys.argv = ['setup.py', '--name']\n"
+        "runpy.run_path('setup.py', run_name='__main__')\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TORCH_CUDA_ARCH_LIST"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**environment, "CUDA_HOME": str(tmp_path), "SAM_FUSED_CUDA": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if expected:
+        assert done.returncode == 0, done.stderr
+        assert f"sam_fused: CUDA kernels for {expected}, by {tmp_path}" in done.stderr
+    else:
+        assert done.returncode != 0
+        assert "the kernels need compute capability 7.0; torch is built for sm_60" in done.stderr
+
+
 def test_nonsense():
     done = setup(SAM_FUSED_CUDA="yes")
     assert done.returncode != 0
