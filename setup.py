@@ -27,6 +27,7 @@ CXX_FLAGS = [
     "-fno-trapping-math",  # lets selects vectorise
     "-ffp-contract=off",  # the same bits on every instruction set
     "-fvisibility=hidden",
+    "-g0",  # Python has -g in its own flags, which would make the module six times as large
     "-Wall",
     "-Wno-psabi",
 ]
@@ -38,6 +39,7 @@ NVCC_FLAGS = [
     "-std=c++20",
     "-O3",
     "-fmad=false",  # the CPU's bits
+    "-lineinfo",  # profilers and sanitizers name lines
     "--threads=0",
     "-Xfatbin=-compress-all",
     "-Xcompiler=-fvisibility=hidden,-Wall",
@@ -78,10 +80,29 @@ def find_cuda() -> tuple[Path, tuple[int, int]]:
     raise LookupError(f"no nvcc of CUDA {major} is found, torch's version" + "".join(f"; {s}" for s in seen))
 
 
+#: Compute capabilities times ten: the first GPUs of each kind, whose machine code the later ones up to the next run.
+ARCHS = [70, 75, 80, 90, 100, 110, 120]
+
+
+def architectures(home: Path) -> str:
+    """For TORCH_CUDA_ARCH_LIST: those of torch's GPUs, as far as nvcc knows them, and PTX for later ones."""
+    said = subprocess.run([home / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout
+    known = set(map(int, re.findall(r"sm_(\d+)", said)))
+    flags = torch._C._cuda_getArchFlags() or ""  # torch.cuda.get_arch_list() is empty where there is no GPU
+    wanted = set()
+    for gpu in map(int, re.findall(r"sm_(\d+)", flags)):
+        wanted |= set([arch for arch in ARCHS if arch in known and arch <= gpu and arch // 10 == gpu // 10][-1:])
+    if not wanted:
+        raise LookupError(
+            f"the kernels need compute capability 7.0; torch is built for {flags}, nvcc for {said.split()}"
+        )
+    return ";".join(f"{arch // 10}.{arch % 10}" for arch in sorted(wanted)) + "+PTX"
+
+
 def cuda_extension(home: Path, version: tuple[int, int]):
     os.environ["CUDA_HOME"] = str(home)
-    archs = ["7.5", "8.0", "9.0", *(["10.0", "12.0"] if version >= (12, 8) else [])]
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(archs) + "+PTX")
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(home))
+    print(f"sam_fused: CUDA kernels for {os.environ['TORCH_CUDA_ARCH_LIST']}, by {home}", file=sys.stderr)
     from torch.utils.cpp_extension import CUDAExtension  # reads CUDA_HOME
 
     extension = CUDAExtension(

@@ -8,12 +8,13 @@
 
 #include <algorithm>
 #include <new>
+#include <type_traits>
 
 namespace sam {
 namespace {
 
 // Bytes of a launch's arguments. Every driver takes up to 4,096; since CUDA 12.1 it is 32,764.
-constexpr int kSmall = 4096, kLarge = 32000;
+constexpr int kSmall = 4096, kMedium = 12288, kLarge = 32000;
 constexpr int kOther = 64;  // bytes of them that are not rows
 static_assert(kSmall <= 4096 && kLarge <= 32764);
 
@@ -39,12 +40,17 @@ constexpr size_t bytes_of() {
 namespace sam {
 namespace {
 
-template <int kBytes = kSmall, class... P, class... A>
-void launch(void (*kernel)(P...), int64_t blocks, int threads, void* stream, const A&... args) {
+// Reports what this launch is refused for. An error of an earlier call stays for whoever asks the runtime.
+template <int kBytes = kSmall, class... P>
+void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, void* stream,
+            const std::type_identity_t<P>&... args) {
   static_assert(bytes_of<P...>() <= kBytes, "more bytes of kernel arguments than a driver takes");
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA kernel launch: ") + cudaGetErrorString(error));
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                                             dim3(threads), pointers, 0, static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next to ask would be told of it again
+  throw std::runtime_error(std::string("CUDA launch of ") + name + ": " + cudaGetErrorString(error));
 }
 
 bool takes_large_arguments() {
@@ -65,8 +71,9 @@ namespace sam {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSumThreads = 1024;    // of the one block that sums a group's chunks
-constexpr int64_t kChunk = 1 << 13;  // elements
+constexpr int kSumThreads = 1024;  // of the one block that sums a group's chunks
+constexpr int kChunk = 1 << 13;    // elements, of tables of a common size: see chunk_of()
+constexpr int kBlocks = 1 << 12;
 
 // ---- arguments ----
 
@@ -84,7 +91,7 @@ struct Entry : Extra {
 template <class E, int kBytes>
 struct Entries {
   static constexpr int kMax = (kBytes - kOther) / sizeof(E);
-  int32_t n = 0;
+  int32_t n = 0, chunk;  // the chunk's elements
   E at[kMax];
 };
 
@@ -92,12 +99,12 @@ struct Entries {
 template <class E>
 struct Share {
   const E& entry;
-  int64_t chunk;
+  int64_t begin;
   int size;
 
   template <class T>
   __device__ T* pointer(int k) const {
-    return static_cast<T*>(entry.pointers[k]) + chunk * kChunk;
+    return static_cast<T*>(entry.pointers[k]) + begin;
   }
 };
 
@@ -113,47 +120,89 @@ __device__ Share<E> share_of_block(const Entries<E, kBytes>& entries) {
       high = middle - 1;
   }
   const E& entry = entries.at[low];
-  const int64_t chunk = block - entry.first_block, left = entry.numel - chunk * kChunk;
-  return {entry, chunk, static_cast<int>(left < kChunk ? left : kChunk)};
+  const int64_t begin = static_cast<int64_t>(block - entry.first_block) * entries.chunk, left = entry.numel - begin;
+  return {entry, begin, static_cast<int>(left < entries.chunk ? left : entries.chunk)};
 }
 
 // ---- memory ----
 
+// kWidth numbers, as the words that registers hold them in.
 template <class T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vec {
-  T at[kWidth];
+  using Word =
+      std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) * kWidth == 2, uint16_t, uint32_t>>;
+  static constexpr int width = kWidth, kPerWord = sizeof(Word) / sizeof(T);
+  Word words[kWidth / kPerWord];
+
+  __device__ __forceinline__ T get(int k) const {
+    T x;
+    if constexpr (kPerWord == 2)
+      x.bits = static_cast<uint16_t>(words[k / 2] >> 16 * (k % 2));
+    else
+      memcpy(&x, &words[k], sizeof x);
+    return x;
+  }
+  __device__ __forceinline__ void set(int k, T x) {
+    if constexpr (kPerWord == 2)
+      words[k / 2] = (words[k / 2] & 0xffff0000u >> 16 * (k % 2)) | static_cast<uint32_t>(x.bits) << 16 * (k % 2);
+    else
+      memcpy(&words[k], &x, sizeof x);
+  }
 };
+
+// kWidth numbers, from p or to p, at once if p is aligned to all their bytes, else word by word, or one by one.
 template <int kWidth, class T>
 __device__ __forceinline__ Vec<T, kWidth> read(const T* p) {
-  return *reinterpret_cast<const Vec<T, kWidth>*>(p);
+  using V = Vec<T, kWidth>;
+  using Word = typename V::Word;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+  if (kWidth == 1 || address % sizeof(V) == 0) return *reinterpret_cast<const V*>(p);
+  V v{};
+  if (V::kPerWord == 1 || address % sizeof(Word) == 0)
+    for (int k = 0; k < kWidth / V::kPerWord; ++k) v.words[k] = reinterpret_cast<const Word*>(p)[k];
+  else
+    for (int k = 0; k < kWidth; ++k) v.set(k, p[k]);
+  return v;
 }
 template <int kWidth, class T>
 __device__ __forceinline__ void write(T* p, const Vec<T, kWidth>& v) {
-  *reinterpret_cast<Vec<T, kWidth>*>(p) = v;
+  using V = Vec<T, kWidth>;
+  using Word = typename V::Word;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+  if (kWidth == 1 || address % sizeof(V) == 0)
+    *reinterpret_cast<V*>(p) = v;
+  else if (V::kPerWord == 1 || address % sizeof(Word) == 0)
+    for (int k = 0; k < kWidth / V::kPerWord; ++k) reinterpret_cast<Word*>(p)[k] = v.words[k];
+  else
+    for (int k = 0; k < kWidth; ++k) p[k] = v.get(k);
 }
 
-template <int kValue>
-struct Width {
-  static constexpr int value = kValue;
-};
-
-// Elements before the first 16-byte boundary; all n, if the pointers do not meet theirs at the same element.
-template <class T, int kPointers>
-__device__ int head_of(int n, const void* const (&pointers)[kPointers]) {
-  const uintptr_t offset = reinterpret_cast<uintptr_t>(pointers[0]) % 16;
-  int head = static_cast<int>((16 - offset) % 16 / sizeof(T));
-  for (int k = 1; k < kPointers; ++k)
-    if (reinterpret_cast<uintptr_t>(pointers[k]) % 16 != offset) head = n;
-  return head < n ? head : n;
-}
-
-// f(Width<w>{}, i) for the w elements from i on: 16 bytes at a time from `head` on, the elements around one by one.
-template <class T, class F>
-__device__ void for_elements(int n, int head, const F& f) {
-  constexpr int kWidth = 16 / sizeof(T);
-  const int thread = static_cast<int>(threadIdx.x), body = (n - head) / kWidth * kWidth;
-  for (int i = thread * kWidth; i < body; i += kThreads * kWidth) f(Width<kWidth>{}, head + i);
-  for (int i = thread; i < n - body; i += kThreads) f(Width<1>{}, i < head ? i : i + body);
+// Calls use(i, v) for each few of n elements, where v[k] holds from[k][i] and on: 16 bytes of them from the first
+// 16-byte boundary of from[0] on, one element before it and after the last 16 bytes. A thread starts four reads of 16
+// bytes, or all of one i, before it uses the first: a write must not come between them, or they would wait for each
+// other.
+template <class T, int kFrom, class Use>
+__device__ void for_elements(int n, const T* const (&from)[kFrom], const Use& use) {
+  constexpr int kWidth = 16 / sizeof(T), kStep = kThreads * kWidth, kBatch = kFrom < 4 ? 4 / kFrom : 1;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int to_boundary = static_cast<int>((16 - reinterpret_cast<uintptr_t>(from[0]) % 16) % 16 / sizeof(T));
+  const int head = to_boundary < n ? to_boundary : n, body = (n - head) / kWidth * kWidth;
+  for (int first = thread * kWidth; first < body; first += kBatch * kStep) {
+    Vec<T, kWidth> v[kBatch][kFrom];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b)
+      if (first + b * kStep < body)
+        for (int k = 0; k < kFrom; ++k) v[b][k] = read<kWidth>(from[k] + head + first + b * kStep);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b)
+      if (first + b * kStep < body) use(head + first + b * kStep, v[b]);
+  }
+  if (thread < n - body) {
+    const int i = thread < head ? thread : thread + body;
+    Vec<T, 1> v[kFrom];
+    for (int k = 0; k < kFrom; ++k) v[k] = read<1>(from[k] + i);
+    use(i, v);
+  }
 }
 
 // ---- sums ----
@@ -171,21 +220,37 @@ __device__ double block_sum(double x, double* sums) {
   return x;
 }
 
+// The sum of the squares of a vector's w numbers. Double arithmetic is up to 64 times as slow as float, and so is the
+// conversion to it. So the squares are added up in float, to w 2^-24 of the sum, which is converted once. Where they
+// overflow, or are so small that underflow would count, each number is converted.
+template <class A, int kWidth>
+__device__ __forceinline__ double sum_of_squares(const A (&x)[kWidth]) {
+  A sum = 0;
+  for (int k = 0; k < kWidth; ++k) sum = std::fma(x[k], x[k], sum);
+  if (std::is_same_v<A, double> || (sum >= A(0x1p-100) && std::isfinite(sum))) return sum;
+  bool zero = true;  // as most rows of an embedding's gradient are
+  for (int k = 0; k < kWidth; ++k) zero &= x[k] == 0;
+  if (zero) return 0;
+  double exact = 0;
+  for (int k = 0; k < kWidth; ++k) exact = std::fma(static_cast<double>(x[k]), static_cast<double>(x[k]), exact);
+  return exact;
+}
+
 template <bool kAdaptive, class T>
-__device__ double sum_of_squares(const Ascent& ascent, int n, const T* w, const T* g) {
+__device__ double sq_norm_of_elements(const Ascent& ascent, int n, const T* w, const T* g) {
   using A = arithmetic_t<T>;
   const Ascend<A, kAdaptive> ascend(ascent);
   double sum = 0;
-  for_elements<T>(n, head_of<T>(n, {g, kAdaptive ? w : g}), [&](auto width, int i) {
-    constexpr int kWidth = decltype(width)::value;
-    const Vec<T, kWidth> y = read<kWidth>(g + i);
-    Vec<T, kWidth> x = y;
-    if constexpr (kAdaptive) x = read<kWidth>(w + i);
-    for (int k = 0; k < kWidth; ++k) {
-      const double scaled = ascend.scaled(load(x.at[k]), load(y.at[k]));
-      sum = std::fma(scaled, scaled, sum);
-    }
-  });
+  const auto add = [&](const auto& x, const auto& y) {
+    constexpr int kWidth = std::remove_reference_t<decltype(x)>::width;
+    A scaled[kWidth];
+    for (int k = 0; k < kWidth; ++k) scaled[k] = ascend.scaled(load(x.get(k)), load(y.get(k)));
+    sum += sum_of_squares(scaled);
+  };
+  if constexpr (kAdaptive)
+    for_elements<T>(n, {g, w}, [&](int, const auto& v) { add(v[1], v[0]); });
+  else
+    for_elements<T>(n, {g}, [&](int, const auto& v) { add(v[0], v[0]); });
   return sum;
 }
 
@@ -198,10 +263,10 @@ __global__ void __launch_bounds__(kThreads)
   const Share<NormEntry> share = share_of_block(entries);
   const T* w = share.template pointer<const T>(0);
   const T* g = share.template pointer<const T>(1);
-  const double sum = share.entry.adaptive != 0 ? sum_of_squares<true>(share.entry, share.size, w, g)
-                                               : sum_of_squares<false>(share.entry, share.size, w, g);
+  const double sum = share.entry.adaptive != 0 ? sq_norm_of_elements<true>(share.entry, share.size, w, g)
+                                               : sq_norm_of_elements<false>(share.entry, share.size, w, g);
   const double total = block_sum(sum, sums);
-  if (threadIdx.x == 0) partial[share.entry.index + share.chunk] = total;
+  if (threadIdx.x == 0) partial[share.entry.index + blockIdx.x - share.entry.first_block] = total;
 }
 
 // Where the partial sums of consecutive groups begin, and where the last one's end.
@@ -243,21 +308,23 @@ __global__ void sharpness_kernel(const __grid_constant__ Rhos rhos, const double
 
 using PerturbEntry = Entry<3, Ascent>;  // param, grad, backup
 
+template <class T>
+__device__ void copy_elements(int n, T* to, const T* from) {
+  for_elements<T>(n, {from}, [&](int i, const auto& v) { write(to + i, v[0]); });
+}
+
 template <bool kAdaptive, class T>
 __device__ void perturb_elements(const Ascent& ascent, double norm, bool saved, uint32_t first, int n, T* w, const T* g,
                                  T* backup) {
   const Ascend<arithmetic_t<T>, kAdaptive> ascend(ascent, norm);
-  const bool finite = std::isfinite(norm);
-  const T* from = saved ? backup : w;
-  for_elements<T>(n, head_of<T>(n, {w, g, backup}), [&](auto width, int i) {
-    constexpr int kWidth = decltype(width)::value;
-    Vec<T, kWidth> x = read<kWidth>(from + i);
-    if (!saved) write(backup + i, x);
-    if (finite) {
-      const Vec<T, kWidth> y = read<kWidth>(g + i);
-      for (int k = 0; k < kWidth; ++k) ascend.perturb(x.at[k], x.at[k], load(y.at[k]), first + i + k);
+  for_elements<T>(n, {saved ? backup : w, g}, [&](int i, auto& v) {
+    if (!saved) write(backup + i, v[0]);
+    for (int k = 0; k < v[0].width; ++k) {
+      T x = v[0].get(k);
+      ascend.perturb(x, x, load(v[1].get(k)), first + i + k);
+      v[0].set(k, x);
     }
-    if (finite || saved) write(w + i, x);
+    write(w + i, v[0]);
   });
 }
 
@@ -268,17 +335,13 @@ __global__ void __launch_bounds__(kThreads)
   T* w = share.template pointer<T>(0);
   const T* g = share.template pointer<const T>(1);
   T* backup = share.template pointer<T>(2);
-  const uint32_t first = static_cast<uint32_t>(share.chunk * kChunk);
-  if (share.entry.adaptive != 0)
+  const uint32_t first = static_cast<uint32_t>(share.begin);
+  if (!std::isfinite(*norm))
+    copy_elements(share.size, saved ? w : backup, saved ? backup : w);
+  else if (share.entry.adaptive != 0)
     perturb_elements<true>(share.entry, *norm, saved, first, share.size, w, g, backup);
   else
     perturb_elements<false>(share.entry, *norm, saved, first, share.size, w, g, backup);
-}
-
-template <class T>
-__device__ void copy_elements(int n, T* to, const T* from) {
-  for_elements<T>(n, head_of<T>(n, {to, from}),
-                  [&](auto width, int i) { write(to + i, read<decltype(width)::value>(from + i)); });
 }
 
 using RestoreEntry = Entry<2, Nothing>;  // param, backup
@@ -335,8 +398,14 @@ __global__ void __launch_bounds__(kThreads)
 template <class Base>
 using UpdateEntry = Entry<3 + Base::states, Nothing>;  // param, grad, backup, states
 
+// Blocks that a multiprocessor is to have the registers for. More would put some into local memory.
+template <class T, class Base>
+constexpr int kResident = sizeof(T) == 8                        ? 2
+                          : sizeof(T) == 2 && Base::states == 3 ? 3
+                                                                : 4;
+
 template <class T, class Base, int kBytes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident<T, Base>)
     update_kernel(const __grid_constant__ Entries<UpdateEntry<Base>, kBytes> entries, const Slot<Base>* slots,
                   const float* found_inf) {
   using A = arithmetic_t<T>;
@@ -351,69 +420,80 @@ __global__ void __launch_bounds__(kThreads)
   const auto update = *reinterpret_cast<const typename Base::template Update<A>*>(slots + share.entry.index);
   constexpr int kStates = Base::states;
   T* states[kStates + 1];
-  const void* pointers[3 + kStates] = {w, g, from};
-  for (int k = 0; k < kStates; ++k) pointers[3 + k] = states[k] = share.template pointer<T>(3 + k);
-  for_elements<T>(share.size, head_of<T>(share.size, pointers), [&](auto width, int i) {
-    constexpr int kWidth = decltype(width)::value;
-    Vec<T, kWidth> x = read<kWidth>(from + i), s[kStates + 1];
-    const Vec<T, kWidth> y = read<kWidth>(g + i);
-    for (int k = 0; k < kStates; ++k) s[k] = read<kWidth>(states[k] + i);
-    for (int j = 0; j < kWidth; ++j) {
-      A weight = load(x.at[j]), state[kStates + 1];
-      for (int k = 0; k < kStates; ++k) state[k] = load(s[k].at[j]);
-      update(weight, load(y.at[j]), state);
-      for (int k = 0; k < kStates; ++k) store(s[k].at[j], state[k]);
-      store(x.at[j], weight);
+  const T* lists[2 + kStates] = {from, g};
+  for (int k = 0; k < kStates; ++k) lists[2 + k] = states[k] = share.template pointer<T>(3 + k);
+  for_elements<T>(share.size, lists, [&](int i, auto& v) {
+    for (int j = 0; j < v[0].width; ++j) {
+      A weight = load(v[0].get(j)), state[kStates + 1];
+      for (int k = 0; k < kStates; ++k) state[k] = load(v[2 + k].get(j));
+      update(weight, load(v[1].get(j)), state);
+      T x;
+      for (int k = 0; k < kStates; ++k) store(x, state[k]), v[2 + k].set(j, x);
+      store(x, weight), v[0].set(j, x);
     }
-    for (int k = 0; k < kStates; ++k) write(states[k] + i, s[k]);
-    write(w + i, x);
+    for (int k = 0; k < kStates; ++k) write(states[k] + i, v[2 + k]);
+    write(w + i, v[0]);
   });
 }
 
 // ---- launches ----
 
-int64_t blocks_of(const Row& row) { return (row.numel + kChunk - 1) / kChunk; }
+// The elements of a chunk: the fewest of three sizes that make no more than kBlocks blocks of a table. So a small model
+// has work for every multiprocessor, a large one few partial sums, and the order of a sum depends on the table alone.
+int chunk_of(const Table& table) {
+  int64_t total = 0;
+  for (const Row& row : table) total += row.numel;
+  int chunk = kChunk / 4;
+  while (chunk < kChunk * 4 && total > static_cast<int64_t>(chunk) * kBlocks) chunk *= 4;
+  return chunk;
+}
 
-// Fills arguments with the rows of one type, and hands them over with the number of their blocks whenever they are
-// full, and at the end. `fill` says whether it wants the row.
+int32_t blocks_of(const Row& row, int chunk) { return static_cast<int32_t>((row.numel + chunk - 1) / chunk); }
+
+// Fills arguments with the rows of one type from row r on, hands them over with the number of their blocks, and
+// returns the row to go on with. `fill` says whether it wants a row.
 template <class E, int kBytes, class Fill, class Launch>
-void for_entries(const Table& table, DType dtype, const Fill& fill, const Launch& launch) {
+size_t launch_entries(const Table& table, size_t r, DType dtype, int chunk, const Fill& fill, const Launch& launch) {
   Entries<E, kBytes> entries;
+  entries.chunk = chunk;
   int32_t blocks = 0;
-  const auto flush = [&] {
-    if (entries.n > 0) launch(entries, blocks);
-    entries.n = blocks = 0;
-  };
-  for (size_t r = 0; r < table.size(); ++r) {
+  for (; r < table.size() && entries.n < entries.kMax; ++r) {
     E& entry = entries.at[entries.n];
     if (table[r].dtype != dtype || table[r].numel == 0 || !fill(entry, table[r], static_cast<int>(r))) continue;
     entry.numel = table[r].numel;
     entry.first_block = blocks;
-    blocks += static_cast<int32_t>(blocks_of(table[r]));
-    if (++entries.n == Entries<E, kBytes>::kMax) flush();
+    blocks += blocks_of(table[r], chunk);
+    ++entries.n;
   }
-  flush();
+  if (entries.n > 0) launch(entries, blocks);
+  return r;
 }
 
-// launch(T{}, entries, blocks) over all rows of a table, type by type.
+// launch(T{}, entries, blocks) over all rows of a table, type by type, with arguments no larger than the rows need.
 template <class E, class Fill, class Launch>
 void for_entries(const Table& table, const Fill& fill, const Launch& launch) {
-  for (const DType dtype : {DType::kFloat, DType::kDouble, DType::kBFloat16, DType::kHalf}) {
-    const auto n = std::count_if(table.begin(), table.end(), [&](const Row& row) { return row.dtype == dtype; });
+  const int chunk = chunk_of(table);
+  for (const DType dtype : {DType::kFloat, DType::kDouble, DType::kBFloat16, DType::kHalf})
     with_dtype(dtype, [&](auto t) {
       const auto one = [&](const auto& entries, int32_t blocks) { launch(t, entries, blocks); };
-      if (n > Entries<E, kSmall>::kMax && takes_large_arguments())
-        for_entries<E, kLarge>(table, dtype, fill, one);
-      else
-        for_entries<E, kSmall>(table, dtype, fill, one);
+      for (size_t r = 0; r < table.size();) {
+        const auto left = std::count_if(table.begin() + r, table.end(),
+                                        [&](const Row& row) { return row.dtype == dtype && row.numel > 0; });
+        if (left <= Entries<E, kSmall>::kMax || !takes_large_arguments())
+          r = launch_entries<E, kSmall>(table, r, dtype, chunk, fill, one);
+        else if (left <= Entries<E, kMedium>::kMax)
+          r = launch_entries<E, kMedium>(table, r, dtype, chunk, fill, one);
+        else
+          r = launch_entries<E, kLarge>(table, r, dtype, chunk, fill, one);
+      }
     });
-  }
 }
 
 void grad_sq_norm(const Queue& queue, const Table& table, const Ascent* groups, int64_t n_groups, double* sq_norms) {
+  const int chunk = chunk_of(table);
   std::vector<int32_t> first(table.size() + 1), begin(n_groups + 1);  // partial sums before each row and each group
   for (size_t r = 0; r < table.size(); ++r) {
-    first[r + 1] = first[r] + static_cast<int32_t>(blocks_of(table[r]));
+    first[r + 1] = first[r] + blocks_of(table[r], chunk);
     begin[table[r].group + 1] = first[r + 1];
   }
   for (int64_t g = 0; g < n_groups; ++g) begin[g + 1] = std::max(begin[g], begin[g + 1]);
@@ -428,13 +508,13 @@ void grad_sq_norm(const Queue& queue, const Table& table, const Ascent* groups, 
         return true;
       },
       [&]<class T, int kBytes>(T, const Entries<NormEntry, kBytes>& entries, int32_t blocks) {
-        launch<kBytes>(norm_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, partial);
+        launch<kBytes>("norm_kernel", norm_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, partial);
       });
   for (int64_t g = 0; g < n_groups; g += Ranges::kMax) {
     const int64_t n = std::min<int64_t>(n_groups - g, Ranges::kMax);
     Ranges ranges;
     std::copy_n(begin.begin() + g, n + 1, ranges.begin);
-    launch(sum_kernel, n, kSumThreads, queue.stream, ranges, partial, sq_norms + g);
+    launch("sum_kernel", sum_kernel, n, kSumThreads, queue.stream, ranges, partial, sq_norms + g);
   }
 }
 
@@ -446,7 +526,7 @@ void sharpness(const Queue& queue, const double* sq_norms, const Ascent* groups,
     rhos.first = g == 0;
     rhos.last = g + rhos.n == n_groups;
     for (int i = 0; i < rhos.n; ++i) rhos.at[i] = groups[g + i].rho;
-    launch(sharpness_kernel, 1, 1, queue.stream, rhos, sq_norms + g, grad_scale, total, out);
+    launch("sharpness_kernel", sharpness_kernel, 1, 1, queue.stream, rhos, sq_norms + g, grad_scale, total, out);
   }
 }
 
@@ -461,7 +541,8 @@ void perturb(const Queue& queue, const Table& table, const Ascent* groups, const
         return true;
       },
       [&]<class T, int kBytes>(T, const Entries<PerturbEntry, kBytes>& entries, int32_t blocks) {
-        launch<kBytes>(perturb_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, norm, saved);
+        launch<kBytes>("perturb_kernel", perturb_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, norm,
+                       saved);
       });
 }
 
@@ -474,7 +555,7 @@ void restore(const Queue& queue, const Table& table) {
         return row.backup != nullptr;
       },
       [&]<class T, int kBytes>(T, const Entries<RestoreEntry, kBytes>& entries, int32_t blocks) {
-        launch<kBytes>(restore_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries);
+        launch<kBytes>("restore_kernel", restore_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries);
       });
 }
 
@@ -484,8 +565,8 @@ void prepare(const Queue& queue, const Table& table, const typename Base::Hyper*
   Preparation<Base> all;
   const auto flush = [&](size_t next) {
     if (all.n > 0)
-      launch(prepare_kernel<Base>, (all.n + kThreads - 1) / kThreads, kThreads, queue.stream, all, lr, grad_scale,
-             found_inf, slots);
+      launch("prepare_kernel", prepare_kernel<Base>, (all.n + kThreads - 1) / kThreads, kThreads, queue.stream, all, lr,
+             grad_scale, found_inf, slots);
     all.n = 0;
     all.first_row = static_cast<int32_t>(next);
   };
@@ -517,7 +598,8 @@ void restore_step(const Queue& queue, const Table& table, int base, const double
           return true;
         },
         [&]<class T, int kBytes>(T, const Entries<E, kBytes>& entries, int32_t blocks) {
-          launch<kBytes>(update_kernel<T, Base, kBytes>, blocks, kThreads, queue.stream, entries, slots, found_inf);
+          launch<kBytes>("update_kernel", update_kernel<T, Base, kBytes>, blocks, kThreads, queue.stream, entries,
+                         slots, found_inf);
         });
   });
   if (along) grad_sq_norm(queue, along_state(table, along->state), along->groups, along->n_groups, along->sq_norms);

@@ -29,7 +29,8 @@ from .workloads import LISTS, of_model
 
 # ---- the extension: csrc/cuda.cu ----
 
-SMALL, LARGE, OTHER = 4096, 32000, 64  # bytes of a launch's arguments, and those of them that are not tensors
+# Bytes of a launch's arguments, and those of them that are not tensors. A size between saves bytes and no launch.
+SMALL, LARGE, OTHER = 4096, 32000, 64
 
 
 def entry_bytes(pointers: int, ascent: bool) -> int:
@@ -38,8 +39,7 @@ def entry_bytes(pointers: int, ascent: bool) -> int:
 
 def batches(tensors: int, entry: int, large: bool) -> int:
     """Launches for so many tensors of one dtype, whatever their sizes."""
-    small = (SMALL - OTHER) // entry
-    return math.ceil(tensors / ((LARGE - OTHER) // entry if large and tensors > small else small))
+    return math.ceil(tensors / (((LARGE if large else SMALL) - OTHER) // entry))
 
 
 def launches_of(base: str, tensors: int, large: bool = True) -> int:

@@ -80,18 +80,21 @@ def test_a_wrong_perturbation_is_noticed(check, message, modules, monkeypatch):
 def test_another_device_may_round_otherwise_and_no_more(modules):
     checks = modules.checks
 
-    def steps(**changes):
-        norm, w = torch.tensor(3.0, dtype=torch.float64), torch.ones(5)
+    def steps(dtype=torch.float32, **changes):
+        norm, w = torch.tensor(3.0, dtype=torch.float64), torch.ones(5, dtype=dtype)
         return checks.Steps([norm, norm], [[w], [w]], [w])._replace(**changes)
 
     def norms(*errors):
         return [torch.tensor(3.0, dtype=torch.float64) * (1 + e) for e in errors]
 
     eps = torch.finfo(torch.float32).eps
-    assert checks.assert_near(steps(norms=norms(30 * 2.0**-52, 2 * eps)), steps(), "steps") == 0
+    for dtype, first in ((torch.float64, 30 * 2.0**-52), (torch.float32, 2.0**-23), (torch.float16, 2.0**-22)):
+        checks.assert_near(steps(dtype, norms=norms(first, 0)), steps(dtype), "steps")
+        with pytest.raises(AssertionError, match="norm 0"):
+            checks.assert_near(steps(dtype, norms=norms(1.1 * first + 1e-12, 0)), steps(dtype), "steps")
+    assert checks.assert_near(steps(norms=norms(0, 2 * eps)), steps(), "steps") == 0
     assert checks.assert_near(steps(weights=[torch.ones(5) + 2 * eps]), steps(), "steps") == 2
     wrong = [
-        ({"norms": norms(1e-11, 0)}, "norm 0"),
         ({"norms": norms(0, 5 * eps)}, "norm 1"),
         ({"norms": norms(float("nan"), 0)}, "norm 0"),
         ({"perturbed": [[torch.ones(5)], [torch.ones(5) + 8 * eps]]}, "weights are 8 eps"),

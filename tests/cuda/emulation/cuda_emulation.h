@@ -370,7 +370,8 @@ namespace {
 bool takes_large_arguments() { return std::getenv("EMULATION_OLD_DRIVER") == nullptr; }
 
 template <int kBytes = kSmall, class... P, class... A>
-void launch(void (*kernel)(P...), int64_t blocks, int threads, void* /*stream*/, const A&... args) {
+void launch(const char* /*name*/, void (*kernel)(P...), int64_t blocks, int threads, void* /*stream*/,
+            const A&... args) {
   static_assert(bytes_of<P...>() <= kBytes, "more bytes of kernel arguments than a driver takes");
   if (bytes_of<P...>() > (takes_large_arguments() ? 32764 : 4096))
     emulation::fail("an old driver, and a launch with " + std::to_string(bytes_of<P...>()) + " bytes of arguments");

@@ -163,16 +163,103 @@ void near(DType dtype, Wide actual, Wide exact, Wide terms, const char* what, si
 
 // ---- tests ----
 
+// The largest relative error of a squared norm. The squares of 16 bytes are added up in float, a rounding each, and T g
+// has two roundings, which are squared. What is added up in double has a hundred roundings, say.
+Wide sq_norm_error(const Row& row, bool adaptive) {
+  const bool wide = row.dtype == DType::kDouble;
+  return std::ldexp(Wide(wide ? 0 : 16 / format(row.dtype).size), -24) +
+         std::ldexp(Wide(adaptive ? 4 : 0), wide ? -53 : -24) + std::ldexp(Wide(100), -53);
+}
+
 void expect_sq_norms(const double* actual, const Table& table, const std::vector<Ascent>& ascent, const char* what) {
-  std::vector<Wide> exact(ascent.size());
-  for (const Row& row : table)
+  std::vector<Wide> exact(ascent.size()), error(ascent.size());
+  for (const Row& row : table) {
+    const Ascent& a = ascent[row.group];
+    error[row.group] = std::max(error[row.group], sq_norm_error(row, a.adaptive != 0));
     for (int64_t i = 0; i < row.numel; ++i) {
-      const Ascent& a = ascent[row.group];
       const Wide w = get(row.dtype, row.param, i), g = get(row.dtype, row.grad, i);
       const Wide x = a.adaptive != 0 ? Ascend<Wide, true>(a).scaled(w, g) : g;
       exact[row.group] += x * x;
     }
-  for (size_t g = 0; g < ascent.size(); ++g) expect(std::abs(actual[g] - exact[g]) <= 1e-6 * exact[g], what, g, 0);
+  }
+  for (size_t g = 0; g < ascent.size(); ++g) {
+    const bool near = std::abs(actual[g] - exact[g]) <= error[g] * exact[g];
+    const bool same = std::isnan(exact[g]) ? std::isnan(actual[g]) : actual[g] == exact[g];
+    expect(std::isfinite(exact[g]) ? near : same, what, g, 0);
+  }
+}
+
+// Squares that float does not hold, beside others. Float16 has the smallest and the largest as 0 and infinity.
+void extreme_norms(const std::vector<DType>& dtypes) {
+  const std::vector<double> lists[] = {
+      {1e-30},
+      {1e30},
+      {1e-30, 1e30},
+      {1e-30, 1},
+      {1e-20, 1e-10},
+      {1e-15},
+      {1e-16, 1e-14},
+      {1e-44},
+      {0, 0, 0, 0, 1e-30},
+      {3e38},
+      {0},
+      {1e19, 1},
+      {1e-7, 6e4},
+      {1, HUGE_VAL},
+      {1e-30, 1, NAN},
+      {HUGE_VAL, 0, NAN},
+  };
+  std::uniform_real_distribution<double> factor(0.5, 1);
+  for (const DType dtype : dtypes)
+    for (const auto& numbers : lists) {
+      memory.clear();
+      List list = make({600, 3}, {dtype}, 1, 1, false);
+      for (const Row& row : list.table)
+        for (int64_t i = 0; i < row.numel; ++i)
+          put(dtype, const_cast<void*>(row.grad), i, factor(rng) * numbers[i * 7 % 11 % numbers.size()]);
+      auto* sq_norm = device({-1.0});
+      cuda_backend.grad_sq_norm(queue, list.table, list.ascent.data(), 1, sq_norm);
+      expect_sq_norms(sq_norm, list.table, list.ascent, "norm of extreme numbers");
+    }
+}
+
+// The chunks are the smallest that make kBlocks blocks at most, and the arguments the smallest that hold the rows.
+void expect_launches() {
+  const std::pair<int64_t, int> chunks[] = {{1, kChunk / 4},
+                                            {int64_t{kChunk / 4} * kBlocks, kChunk / 4},
+                                            {int64_t{kChunk / 4} * kBlocks + 1, kChunk},
+                                            {int64_t{kChunk} * kBlocks, kChunk},
+                                            {int64_t{kChunk} * kBlocks + 1, kChunk * 4},
+                                            {int64_t{1} << 40, kChunk * 4}};
+  for (const auto& [total, chunk] : chunks)
+    expect(chunk_of({{DType::kFloat, 0, total - total / 3}, {DType::kHalf, 0, total / 3}}) == chunk, "chunk", 0, total);
+
+  using Sizes = std::vector<std::pair<int, int32_t>>;  // bytes and rows
+  using E = UpdateEntry<Adam>;
+  constexpr int small = Entries<E, kSmall>::kMax, medium = Entries<E, kMedium>::kMax, large = Entries<E, kLarge>::kMax;
+  const auto launches = [](size_t rows) {
+    Table table(rows, {DType::kHalf, 0, kChunk / 4 + 1});
+    table.resize(rows + 2, {DType::kHalf, 0, 0});
+    Sizes sizes;
+    for_entries<E>(
+        table, [](E&, const Row&, int) { return true; },
+        [&]<class T, int kBytes>(T, const Entries<E, kBytes>& entries, int32_t blocks) {
+          expect(sizeof(T) == 2 && blocks == entries.n * blocks_of(table[0], chunk_of(table)), "blocks", entries.n,
+                 blocks);
+          sizes.push_back({kBytes, entries.n});
+        });
+    return sizes;
+  };
+  if (!takes_large_arguments()) {
+    expect(launches(small + 1) == Sizes{{kSmall, small}, {kSmall, 1}}, "arguments of an old driver", small + 1, 0);
+    return;
+  }
+  expect(launches(0).empty(), "arguments", 0, 0);
+  expect(launches(small) == Sizes{{kSmall, small}}, "arguments", small, 0);
+  expect(launches(small + 1) == Sizes{{kMedium, small + 1}}, "arguments", small + 1, 0);
+  expect(launches(medium) == Sizes{{kMedium, medium}}, "arguments", medium, 0);
+  expect(launches(medium + 1) == Sizes{{kLarge, medium + 1}}, "arguments", medium + 1, 0);
+  expect(launches(large + 1) == Sizes{{kLarge, large}, {kSmall, 1}}, "arguments", large + 1, 0);
 }
 
 void ascend(const List& list) {
@@ -321,9 +408,11 @@ int main(int argc, char** argv) {
   std::vector<int64_t> sizes = {1, 0, 5, c - 1, c, c + 1, 7, 33, 2 * c + 9, 64, 0};
   for (int i = 0; i < 30; ++i) sizes.push_back(i * 3 % 41);
   try {
+    expect_launches();
     if (argc > 1) {
       run({2 * c + 9, 1, 0, 5}, {kFloat, kHalf}, 2, 0, false);
       run({c + 1, 17}, {kFloat, kHalf}, 1, 1, true);
+      extreme_norms({kFloat, kHalf});
       return failed;
     }
     for (const DType dtype : {kFloat, kDouble, kBFloat16, kHalf}) {
@@ -333,6 +422,7 @@ int main(int argc, char** argv) {
     }
     run(sizes, {kFloat, kBFloat16, kDouble, kHalf}, 5, 0, false);
     run({0, 0}, {kFloat}, 2, 0, false);
+    extreme_norms({kFloat, kDouble, kBFloat16, kHalf});
     run(std::vector<int64_t>(1300, 3), {kFloat}, 1100, 0, false);  // more rows and groups than fit into one launch
   } catch (const std::exception& e) {
     std::printf("%s\n", e.what());
