@@ -4,7 +4,8 @@
 // blocks run one after another. EMULATION_ORDER says in which order threads and blocks go: 0 as numbered, 1 from the
 // end, another number is the seed of a random order. What a launch gets wrong is an exception: sizes, divergent
 // barriers, shuffles with lanes that are elsewhere. With EMULATION_OLD_DRIVER the driver is one from before CUDA 12.1,
-// which takes 4,096 bytes of arguments.
+// which takes 4,096 bytes of arguments. With EMULATION_FAILS_IN=k, k launches go well from when it is set, and the next
+// one fails.
 // Shared memory is a heap block of its exact size, filled with NaN. With -fsanitize=address an overrun is found. With
 // -fsanitize=thread no switch between fibers counts as synchronisation, only barriers and launches do, so that a
 // missing barrier, or a conflict between blocks, is a data race whatever the order was.
@@ -382,6 +383,16 @@ void enqueue(void (*kernel)(P...), unsigned blocks, unsigned threads, void* stre
                     [call](const Launch& launch) { call(launch, std::index_sequence_for<P...>()); }});
 }
 
+inline bool fails_now() {
+  static std::string last;
+  static int left = -1;
+  const char* text = std::getenv("EMULATION_FAILS_IN");
+  const std::string now = text ? text : "";
+  if (now != last) left = now.empty() ? -1 : std::stoi(now);
+  last = now;
+  return left >= 0 && left-- == 0;
+}
+
 // Runs what is queued, in its order.
 inline void synchronize() {
   for (const Launch& launch : std::exchange(queued, {}))
@@ -445,6 +456,7 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, void* stream, con
     emulation::fail("an old driver, and a launch with " + std::to_string(bytes_of<P...>()) + " bytes of arguments");
   if (blocks < 1 || blocks > 0x7fffffff) emulation::fail("a launch of " + std::to_string(blocks) + " blocks");
   if (threads < 1 || threads > 1024) emulation::fail("a launch of " + std::to_string(threads) + " threads a block");
+  if (emulation::fails_now()) emulation::fail("a kernel launch that fails, as EMULATION_FAILS_IN says");
   emulation::enqueue(kernel, static_cast<unsigned>(blocks), threads, stream, args...);
 }
 
