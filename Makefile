@@ -36,12 +36,12 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy sam_fused train.py
-	$(BIN)/clang-format --dry-run --Werror csrc/* tests/cuda/emulation/*.cpp tests/cuda/emulation/*.h tests/cpu/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/cuda/*/*.cpp tests/cuda/*/*.h tests/cpu/*.h
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/* tests/cuda/emulation/*.cpp tests/cuda/emulation/*.h tests/cpu/*.h
+	$(BIN)/clang-format -i csrc/* tests/cuda/*/*.cpp tests/cuda/*/*.h tests/cpu/*.h
 
 build: $(VENV)/.built
 

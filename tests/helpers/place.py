@@ -31,5 +31,6 @@ DEVICE_TESTS = [
     "integrations/test_grad_scaler.py",
     "integrations/test_schedulers.py",
     "cuda/test_capturable.py",
+    "cuda/test_launch_errors.py",
 ]
 on_the_cpu = pytest.mark.skipif(PLACE != "cpu", reason="is about the CPU backend")

@@ -36,13 +36,13 @@ def extension() -> ModuleType:
 
 
 def sources(folder: Path, changes: dict[str, str]) -> list[str]:
-    """test_kernels.cpp with csrc/cuda.cu, changed as :func:`copy_changed` does, in ``folder``.
+    """test_kernels.cpp with backend.h and csrc/cuda.cu, changed as :func:`copy_changed` does, in ``folder``.
 
     Returns g++'s command without an output.
     """
     copy_changed(folder, changes, "cuda.cu")
     test = (HERE / "test_kernels.cpp").read_text()
-    (folder / "test_kernels.cpp").write_text(test.replace('"../../../csrc/cuda.cu"', '"cuda.cu"'))
+    (folder / "test_kernels.cpp").write_text(test.replace('"../../../csrc/cuda.cu"', '"backend.h"'))
     return ["g++", *FLAGS, f"-I{folder}", f"-I{HERE}", str(folder / "test_kernels.cpp")]
 
 

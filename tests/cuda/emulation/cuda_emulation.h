@@ -1,9 +1,11 @@
 // CUDA on the CPU, as much of it as csrc/cuda.cu uses: its kernels run in tests where there is no GPU.
 //
-// Every thread of a block is a fiber; blocks run one after another. EMULATION_ORDER says in which order threads and
-// blocks go: 0 as numbered, 1 from the end, another number is the seed of a random order. What a launch gets wrong is
-// an exception: sizes, divergent barriers, shuffles with lanes that are elsewhere. With EMULATION_OLD_DRIVER the driver
-// is one from before CUDA 12.1, which takes 4,096 bytes of arguments.
+// A launch copies its arguments, as a driver does, and waits for synchronize(). Every thread of a block is a fiber;
+// blocks run one after another. EMULATION_ORDER says in which order threads and blocks go: 0 as numbered, 1 from the
+// end, another number is the seed of a random order. What a launch gets wrong is an exception: sizes, divergent
+// barriers, shuffles with lanes that are elsewhere. With EMULATION_OLD_DRIVER the driver is one from before CUDA 12.1,
+// which takes 4,096 bytes of arguments. With EMULATION_FAILS_IN=k, k launches go well from when it is set, and the next
+// one fails.
 // Shared memory is a heap block of its exact size, filled with NaN. With -fsanitize=address an overrun is found. With
 // -fsanitize=thread no switch between fibers counts as synchronisation, only barriers and launches do, so that a
 // missing barrier, or a conflict between blocks, is a data race whatever the order was.
@@ -23,6 +25,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -69,8 +72,8 @@ __asm__(
 struct Context {
   void* stack_pointer = nullptr;
 };
-EMULATION_FN void make_context(Context& context, char* stack, void (*entry)()) {
-  void** top = reinterpret_cast<void**>(stack + kStack - 64);
+EMULATION_FN void make_context(Context& context, char* stack, size_t bytes, void (*entry)()) {
+  void** top = reinterpret_cast<void**>(stack + bytes - 64);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -83,10 +86,10 @@ EMULATION_FN void switch_context(Context& from, Context& to) {
 struct Context {
   ucontext_t context;
 };
-inline void make_context(Context& context, char* stack, void (*entry)()) {
+inline void make_context(Context& context, char* stack, size_t bytes, void (*entry)()) {
   getcontext(&context.context);
   context.context.uc_stack.ss_sp = stack;
-  context.context.uc_stack.ss_size = kStack;
+  context.context.uc_stack.ss_size = bytes;
   context.context.uc_link = nullptr;
   makecontext(&context.context, entry, 0);
 }
@@ -147,8 +150,8 @@ inline std::string place(const Thread& t) {
   return "thread " + std::to_string(t.index) + " in line " + std::to_string(t.line);
 }
 
-inline char* new_stack() {
-  void* p = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+inline char* new_stack(size_t bytes = kStack) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) std::abort();
   return static_cast<char*>(p);
 }
@@ -308,14 +311,13 @@ EMULATION_FN void start_thread(Thread& t, unsigned index) {
   t.index = index;
   t.state = State::kReady;
   t.asan_stack = nullptr;
-  make_context(t.context, t.stack, thread_entry);
+  make_context(t.context, t.stack, kStack, thread_entry);
 }
 
 EMULATION_FN void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& body) {
   const char* text = std::getenv("EMULATION_ORDER");
   const int seed = text ? std::atoi(text) : 0;
   std::mt19937 random(seed);
-  ++launches;
   std::vector<unsigned> thread_order(threads), block_order(blocks);
   for (auto* order : {&thread_order, &block_order}) {
     std::iota(order->begin(), order->end(), 0);
@@ -348,6 +350,84 @@ EMULATION_FN void run_grid(unsigned blocks, unsigned threads, const std::functio
   if (error) std::rethrow_exception(std::exchange(error, nullptr));
 }
 
+// ---- launches ----
+
+struct Launch {
+  const void* kernel;
+  unsigned blocks, threads;
+  void* stream;
+  std::vector<std::vector<char>> arguments;  // their bytes
+  std::function<void(const Launch&)> call;   // the kernel, in one thread
+};
+
+inline std::vector<Launch> queued;
+
+template <class P>
+std::vector<char> bytes_of_argument(const P& value) {
+  static_assert(std::is_trivially_copyable_v<P>, "an argument is copied byte by byte");
+  const char* bytes = reinterpret_cast<const char*>(&value);
+  return {bytes, bytes + sizeof value};
+}
+
+template <class... P, class... A>
+void enqueue(void (*kernel)(P...), unsigned blocks, unsigned threads, void* stream, const A&... args) {
+  ++launches;
+  const auto call = [kernel]<size_t... I>(const Launch& launch, std::index_sequence<I...>) {
+    kernel(*reinterpret_cast<const P*>(launch.arguments[I].data())...);
+  };
+  queued.push_back({reinterpret_cast<const void*>(kernel),
+                    blocks,
+                    threads,
+                    stream,
+                    {bytes_of_argument<P>(args)...},
+                    [call](const Launch& launch) { call(launch, std::index_sequence_for<P...>()); }});
+}
+
+inline bool fails_now() {
+  static std::string last;
+  static int left = -1;
+  const char* text = std::getenv("EMULATION_FAILS_IN");
+  const std::string now = text ? text : "";
+  if (now != last) left = now.empty() ? -1 : std::stoi(now);
+  last = now;
+  return left >= 0 && left-- == 0;
+}
+
+// Runs what is queued, in its order.
+inline void synchronize() {
+  for (const Launch& launch : std::exchange(queued, {}))
+    run_grid(launch.blocks, launch.threads, [&] { launch.call(launch); });
+}
+
+// f() on a stack of its own, which nothing can read when f has returned.
+inline const std::function<void()>* host_body = nullptr;
+inline Context host_context, host_caller;
+constexpr size_t kHostStack = 8 * 1024 * 1024;
+
+EMULATION_FN void host_entry() {
+  EMULATION_ASAN(__sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);)
+  try {
+    (*host_body)();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  EMULATION_ASAN(__sanitizer_start_switch_fiber(nullptr, scheduler_stack, scheduler_stack_size);)
+  switch_context(host_context, host_caller);
+}
+
+EMULATION_FN void on_own_stack(const std::function<void()>& f) {
+  static char* const stack = new_stack(kHostStack);
+  if (mprotect(stack, kHostStack, PROT_READ | PROT_WRITE) != 0) std::abort();
+  EMULATION_ASAN(__asan_unpoison_memory_region(stack, kHostStack);)
+  host_body = &f;
+  make_context(host_context, stack, kHostStack, host_entry);
+  EMULATION_ASAN(void* fake; __sanitizer_start_switch_fiber(&fake, stack, kHostStack);)
+  switch_context(host_caller, host_context);
+  EMULATION_ASAN(__sanitizer_finish_switch_fiber(fake, nullptr, nullptr);)
+  if (mprotect(stack, kHostStack, PROT_NONE) != 0) std::abort();
+  if (error) std::rethrow_exception(std::exchange(error, nullptr));
+}
+
 }  // namespace emulation
 
 #define threadIdx (::emulation::thread_index())
@@ -370,14 +450,14 @@ namespace {
 bool takes_large_arguments() { return std::getenv("EMULATION_OLD_DRIVER") == nullptr; }
 
 template <int kBytes = kSmall, class... P, class... A>
-void launch(const char* /*name*/, void (*kernel)(P...), int64_t blocks, int threads, void* /*stream*/,
-            const A&... args) {
+void launch(const char* /*name*/, void (*kernel)(P...), int64_t blocks, int threads, void* stream, const A&... args) {
   static_assert(bytes_of<P...>() <= kBytes, "more bytes of kernel arguments than a driver takes");
   if (bytes_of<P...>() > (takes_large_arguments() ? 32764 : 4096))
     emulation::fail("an old driver, and a launch with " + std::to_string(bytes_of<P...>()) + " bytes of arguments");
   if (blocks < 1 || blocks > 0x7fffffff) emulation::fail("a launch of " + std::to_string(blocks) + " blocks");
   if (threads < 1 || threads > 1024) emulation::fail("a launch of " + std::to_string(threads) + " threads a block");
-  emulation::run_grid(static_cast<unsigned>(blocks), threads, [&] { kernel(args...); });
+  if (emulation::fails_now()) emulation::fail("a kernel launch that fails, as EMULATION_FAILS_IN says");
+  emulation::enqueue(kernel, static_cast<unsigned>(blocks), threads, stream, args...);
 }
 
 }  // namespace
