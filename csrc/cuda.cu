@@ -7,6 +7,7 @@
 #include "backends.h"
 
 #include <algorithm>
+#include <exception>
 #include <new>
 #include <type_traits>
 
@@ -51,6 +52,12 @@ void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next to ask would be told of it again
   throw std::runtime_error(std::string("CUDA launch of ") + name + ": " + cudaGetErrorString(error));
+}
+
+// Without a kernel. That it is refused too is of no account: it follows a launch whose error is reported.
+void copy_on_device(void* to, const void* from, size_t bytes, void* stream) {
+  if (cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)) != cudaSuccess)
+    cudaGetLastError();
 }
 
 bool takes_large_arguments() {
@@ -530,7 +537,9 @@ void sharpness(const Queue& queue, const double* sq_norms, const Ascent* groups,
   }
 }
 
+// Where a launch is refused, the rows that are not perturbed are saved all the same, so that restoring is exact.
 void perturb(const Queue& queue, const Table& table, const Ascent* groups, const double* norm, bool saved) {
+  std::exception_ptr refused;
   for_entries<PerturbEntry>(
       table,
       [&](PerturbEntry& e, const Row& row, int) {
@@ -541,9 +550,20 @@ void perturb(const Queue& queue, const Table& table, const Ascent* groups, const
         return true;
       },
       [&]<class T, int kBytes>(T, const Entries<PerturbEntry, kBytes>& entries, int32_t blocks) {
-        launch<kBytes>("perturb_kernel", perturb_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, norm,
-                       saved);
+        if (!refused) {
+          try {
+            launch<kBytes>("perturb_kernel", perturb_kernel<T, kBytes>, blocks, kThreads, queue.stream, entries, norm,
+                           saved);
+            return;
+          } catch (...) {
+            refused = std::current_exception();
+          }
+        }
+        for (int i = 0; !saved && i < entries.n; ++i)
+          copy_on_device(entries.at[i].pointers[2], entries.at[i].pointers[0], entries.at[i].numel * sizeof(T),
+                         queue.stream);
       });
+  if (refused) std::rethrow_exception(refused);
 }
 
 void restore(const Queue& queue, const Table& table) {

@@ -460,5 +460,10 @@ void launch(const char* /*name*/, void (*kernel)(P...), int64_t blocks, int thre
   emulation::enqueue(kernel, static_cast<unsigned>(blocks), threads, stream, args...);
 }
 
+void copy_kernel(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
+void copy_on_device(void* to, const void* from, size_t bytes, void* stream) {
+  emulation::enqueue(copy_kernel, 1, 1, stream, to, from, bytes);
+}
+
 }  // namespace
 }  // namespace sam
