@@ -32,7 +32,7 @@ INJECTED = "error 701"  # cudaErrorLaunchOutOfResources, in the words of runtime
 HOST_BUGS = {
     "kThreads = 256;": "kThreads = 128;",
     "version >= 12010;": "version >= 12000;",
-    "static_cast<cudaStream_t>(stream)": "nullptr",
+    "pointers, 0, static_cast<cudaStream_t>(stream)": "pointers, 0, nullptr",
     "throw std::runtime_error(": "(void)std::runtime_error(",
     "e.pointers[1] = row.backup;": "e.pointers[1] = row.param;",
 }
