@@ -355,6 +355,8 @@ class Fused(Arithmetic):
     def _backups_of(self, params: list[Tensor]) -> list[Tensor]:
         """Buffers to save ``params`` in, kept from step to step."""
         missing = [p for p in params if not _fits(self._backups.get(p), local(p))]
+        if missing and _capturing():
+            raise RuntimeError("the backup cannot be made in a CUDA graph: run a step before capturing one")
         for p, new in zip(missing, _pooled(missing, pool=1), strict=True):
             self._backups[p] = new
         return [self._backups[p] for p in params]

@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import amp
-from .arithmetic import GRAD_NORM, NORM, SHARPNESS
+from .arithmetic import GRAD_NORM, NORM, SHARPNESS, Group
 from .around import Around
 from .batchnorm import FrozenStatistics
 from .distributed import any_replica, unsynchronized
@@ -53,6 +53,7 @@ class SAM(Around):
         self.lean_ascent = lean_ascent
         options = {"rho": rho, "adaptive": adaptive, "eta": eta}
         super().__init__(params, base, options, model, base_kwargs)
+        # Both are written in place: a CUDA graph may hold them.
         self._measured = torch.full((3,), math.nan, dtype=torch.float64, device=self._device())
         self._total = torch.zeros(2, dtype=torch.float64, device=self._device())
         self._without_sam_is_meant = False  # an ascent or a measurement was made, or the warning was given
@@ -81,8 +82,7 @@ class SAM(Around):
         does so itself after the second call of the closure, which scales its loss. ``scaler.update()`` is yours.
         """
         if closure is None:
-            # torch.distributed.checkpoint makes the state by a step with lr 0, which trains nothing
-            if not self._without_sam_is_meant and any(g["rho"] > 0 and g.get("lr") != 0 for g in self.param_groups):
+            if not self._without_sam_is_meant and any(g["rho"] > 0 and _trains(g) for g in self.param_groups):
                 warnings.warn(
                     "step() was called without a closure and without first_step() before it: this is the step of "
                     f"{type(self.base_optimizer).__name__}, without SAM. If it is meant, set rho=0 or call "
@@ -124,12 +124,12 @@ class SAM(Around):
     def _ascend(self, perturb: bool) -> None:
         device = self._device()
         if self._total.device != device:  # the parameters have moved, or had no memory when it was made
-            self._total = (
-                torch.zeros_like(self._total, device=device) if self._total.is_meta else self._total.to(device)
-            )
+            moved = not self._total.is_meta
+            self._total = self._total.to(device) if moved else torch.zeros_like(self._total, device=device)
+            self._measured = torch.empty_like(self._measured, device=device)
         scale = amp.ascent_scale(self.scaler, self, device)
         measured = self._arithmetic.measure(self._arithmetic.gradients(), self._total, scale)
-        self._measured = measured[0]
+        self._measured.copy_(measured[0])
         self._without_sam_is_meant = True
         if perturb:
             self._arithmetic.perturb(measured)
@@ -215,12 +215,12 @@ class SAM(Around):
         Float64, 0-dim, on the parameters' device; NaN before the first measurement. Reading it copies nothing to the
         host.
         """
-        return self._measured[SHARPNESS]
+        return self._measured[SHARPNESS].clone()
 
     @property
     def grad_norm(self) -> Tensor:
         """||T g|| of the last ascent, as :attr:`sharpness`."""
-        return self._measured[GRAD_NORM]
+        return self._measured[GRAD_NORM].clone()
 
     def mean_sharpness(self, reset: bool = True) -> Tensor:
         """Mean sharpness since the last reset, over the steps where it was finite: Algorithm 1's value of an epoch.
@@ -235,8 +235,14 @@ class SAM(Around):
         """
         mean = self._total[0] / self._total[1]
         if reset:
-            self._total.zero_()  # in place: a CUDA graph may hold it
+            self._total.zero_()
         return mean
+
+
+def _trains(group: Group) -> bool:
+    """False for lr 0, with which torch.distributed.checkpoint makes a step for the state. No GPU is waited for."""
+    lr = group.get("lr")
+    return (isinstance(lr, Tensor) and not lr.is_cpu) or bool(lr != 0)
 
 
 class FusedSAM(SAM):

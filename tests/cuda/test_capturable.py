@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,6 +89,13 @@ def test_errors_under_capture(monkeypatch):
     ):
         opt = FusedSAM(params, torch.optim.Adam, **options)
         capturing = True
+        with pytest.raises(RuntimeError, match=r"backup cannot be made in a CUDA graph: run a step before"):
+            opt.first_step()
+        assert not opt.perturbed
+        capturing = False
+        opt.first_step()
+        opt.restore()
+        capturing = True
         opt.first_step()
         with pytest.raises(RuntimeError, match=message):
             opt.second_step()
@@ -103,10 +112,32 @@ def test_measurements_stay_where_a_graph_writes_them():
     set_grads(params, 0)
     opt = FusedSAM(params)
     opt.measure_sharpness()
-    total = opt._total
+    total, measured = opt._total, opt._measured
+    sharpness, norm = opt.sharpness, opt.grad_norm
+    kept = sharpness.clone(), norm.clone()
+    set_grads(params, 1)
+    opt.first_step()
+    opt.second_step()
+    assert (sharpness, norm) == kept  # an earlier step's
+    assert opt.sharpness != sharpness
+    assert opt.grad_norm != norm
     assert opt.mean_sharpness() > 0
     assert opt._total is total
+    assert opt._measured is measured
     assert opt.mean_sharpness().isnan()
+
+
+@pytest.mark.parametrize(
+    ("lr", "warns"), [(0.0, False), (torch.tensor(0.0), False), (torch.tensor(0.0, device="meta"), True)]
+)
+def test_a_learning_rate_on_another_device_is_not_read(lr, warns):
+    """To know whether to warn; "meta" stands for a GPU, which would be waited for."""
+    opt = FusedSAM(awkward(torch.float32), torch.optim.SGD)
+    opt.param_groups[0]["lr"] = lr
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.step()
+    assert any("without first_step()" in str(w.message) for w in caught) == warns
 
 
 class NothingWaits(TorchDispatchMode):
