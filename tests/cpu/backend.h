@@ -5,6 +5,8 @@
 
 #include "cpu.cpp"
 
+#define HAS_NO_LAUNCHES
+
 namespace sam {
 
 const Backend cuda_backend = cpu_backend;

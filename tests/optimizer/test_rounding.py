@@ -17,19 +17,24 @@ halves = pytest.mark.parametrize("dtype", HALF, ids=str)
 @halves
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_reference_rounds_the_same_way(dtype, adaptive):
-    """Bit for bit, but for elements whose unrounded values differ in the last place."""
+    """Bit for bit, but for elements whose unrounded values differ in the last place.
+
+    The chance is a hash of the norm in float32, which the order of a sum may round another way: such steps are left out.
+    """
     mine = awkward(dtype)
     theirs = clones(mine)
     opt, expected = (cls(p, rho=0.01, adaptive=adaptive) for cls, p in ((FusedSAM, mine), (ReferenceSAM, theirs)))
     differing = total = 0
-    for step in range(4):
+    for step in range(8):
         for o, params in ((opt, mine), (expected, theirs)):
             set_grads(params, step)
             o.first_step()
-        differing += sum((p != q).sum().item() for p, q in zip(mine, theirs, strict=True))
-        total += sum(p.numel() for p in mine)
+        if opt.grad_norm.float() == expected.grad_norm.float():
+            differing += sum((p != q).sum().item() for p, q in zip(mine, theirs, strict=True))
+            total += sum(p.numel() for p in mine)
         opt.restore()
         expected.restore()
+    assert total > 0
     assert differing < total / 1000
 
 
