@@ -19,7 +19,8 @@ halves = pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_the_reference_rounds_the_same_way(dtype, adaptive):
     """Bit for bit, but for elements whose unrounded values differ in the last place.
 
-    The chance is a hash of the norm in float32, which the order of a sum may round another way: such steps are left out.
+    The chance is a hash of the norm in float32, which another order of the sum may round another way. Such steps are
+    left out.
     """
     mine = awkward(dtype)
     theirs = clones(mine)
