@@ -34,6 +34,7 @@ struct sam::Argument<Python, const sam::Refs&> {
   struct Held {
     Refs refs;
     Held(In list, const char* name) {
+      refs.reserve(list.size());
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i)
         refs.push_back(&tensor_of(PyList_GET_ITEM(list.ptr(), i), name));
     }
@@ -46,6 +47,7 @@ struct sam::Argument<Python, const sam::OptionalRefs&> {
   struct Held {
     OptionalRefs refs;
     Held(In list, const char* name) {
+      refs.reserve(list.size());
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i) {
         PyObject* const item = PyList_GET_ITEM(list.ptr(), i);
         refs.push_back(item == Py_None ? nullptr : &tensor_of(item, name));

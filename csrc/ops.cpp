@@ -66,15 +66,20 @@ DType dtype_of(const Tensor& t, const char* list, size_t i) {
   }
 }
 
-// A tensor subclass may be an empty wrapper.
-void check_memory(const Tensor& t, const char* list, size_t i) {
+void check_dense(const Tensor& t, const char* list, size_t i) {
   TORCH_CHECK(t.layout() == at::kStrided, list, "[", i, "]: expected a dense tensor, got layout ", t.layout());
-  TORCH_CHECK(t.numel() == 0 || t.is_meta() || t.const_data_ptr(), list, "[", i,
-              "]: expected a tensor with memory of its own, got a ", "wrapper around others");
+}
+
+// `data`, where `t` is. A tensor subclass may be an empty wrapper.
+template <class Void>
+Void* check_data(Void* data, const Tensor& t, const char* list, size_t i) {
+  TORCH_CHECK(data || t.numel() == 0 || t.is_meta(), list, "[", i,
+              "]: expected a tensor with memory of its own, got a wrapper around others");
+  return data;
 }
 
 void check_like(const Tensor& t, const Tensor& param, const char* list, size_t i) {
-  check_memory(t, list, i);
+  check_dense(t, list, i);
   TORCH_CHECK(t.device() == param.device(), list, "[", i, "]: expected device ", param.device(), ", got ", t.device());
   TORCH_CHECK_TYPE(t.scalar_type() == param.scalar_type(), list, "[", i, "]: expected dtype ", param.scalar_type(),
                    ", got ", t.scalar_type());
@@ -87,6 +92,17 @@ bool same_strides(const Tensor& a, const Tensor& b) {
   for (size_t d = 0; d < sizes.size(); ++d)
     if (x[d] != y[d] && sizes[d] != 1) return false;
   return true;
+}
+
+// Whether the memory of `t` can be used as that of `like`: equal layout, bits, device, dtype, shape and strides. With a
+// thousand small tensors the checks are most of a step, so this is asked first, and what is amiss only if it is false.
+bool fits(const Tensor& t, const Tensor& like) {
+  if (t.key_set() != like.key_set() || t.dtype() != like.dtype() || !(t.is_cpu() || t.device() == like.device()))
+    return false;
+  const Sizes sizes = t.sizes(), others = like.sizes();
+  bool same = sizes.size() == others.size();
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = sizes[d] == others[d];
+  return same && same_strides(t, like);
 }
 
 void check_length(const Refs& list, const Refs& params, const char* name) {
@@ -152,24 +168,30 @@ class Rows {
                 " tensors of params, got ", n);
     table_.reserve(params.size());
     dense_.reserve(params.size());
-    const at::Device device = params[0]->device();
+    const Tensor& first = *params[0];
+    check_dense(first, "params", 0);
     size_t i = 0;
     for (size_t g = 0; g < run_sizes.size(); ++g)
       for (int64_t k = 0; k < run_sizes[g]; ++k, ++i) {
         const Tensor& p = *params[i];
-        check_memory(p, "params", i);
-        TORCH_CHECK(p.device() == device, "params[", i, "]: expected device ", device, ", as params[0] has, got ",
-                    p.device());
-        TORCH_CHECK(at::has_internal_overlap(p) != at::MemOverlap::Yes, "params[", i,
-                    "]: expected a tensor whose elements do not share memory, got an expanded one");
+        if (p.key_set() != first.key_set() || !p.is_cpu()) {
+          check_dense(p, "params", i);
+          TORCH_CHECK(p.device() == first.device(), "params[", i, "]: expected device ", first.device(),
+                      ", as params[0] has, got ", p.device());
+        }
         const bool in_place = p.is_non_overlapping_and_dense() && !p.is_neg();
-        if (!in_place) copies_.push_back(at::empty_like(p).copy_(p.detach()));
+        if (!in_place) {
+          check_data(p.const_data_ptr(), p, "params", i);
+          TORCH_CHECK(at::has_internal_overlap(p) != at::MemOverlap::Yes, "params[", i,
+                      "]: expected a tensor whose elements do not share memory, got an expanded one");
+          copies_.push_back(at::empty_like(p).copy_(p.detach()));
+        }
         dense_.push_back(in_place ? &p : &copies_.back());
         Row& row = table_.emplace_back();
         row.dtype = dtype_of(p, "params", i);
         row.group = static_cast<int32_t>(g);
         row.numel = p.numel();
-        row.param = dense_.back()->data_ptr();
+        row.param = check_data(dense_.back()->data_ptr(), p, "params", i);
       }
   }
 
@@ -177,8 +199,9 @@ class Rows {
   void grads(const Refs& grads, const char* name) {
     check_length(grads, params_, name);
     for (size_t i = 0; i < grads.size(); ++i) {
-      check_like(*grads[i], *params_[i], name, i);
-      table_[i].grad = laid_out(*grads[i], i);
+      const bool fit = fits(*grads[i], *dense_[i]);
+      if (!fit) check_like(*grads[i], *params_[i], name, i);
+      table_[i].grad = laid_out(*grads[i], fit, i, name);
     }
   }
 
@@ -194,9 +217,10 @@ class Rows {
     check_length(backups, params_, name);
     for (size_t i = 0; i < backups.size(); ++i) {
       if (!backups[i]) continue;
-      TORCH_CHECK(backups[i]->sizes() == params_[i]->sizes(), name, "[", i, "]: expected shape ", params_[i]->sizes(),
-                  ", got ", backups[i]->sizes());
-      table_[i].backup = const_cast<void*>(laid_out(*backups[i], i));
+      const bool fit = fits(*backups[i], *dense_[i]);
+      TORCH_CHECK(fit || backups[i]->sizes() == params_[i]->sizes(), name, "[", i, "]: expected shape ",
+                  params_[i]->sizes(), ", got ", backups[i]->sizes());
+      table_[i].backup = const_cast<void*>(laid_out(*backups[i], fit, i, name));
     }
   }
 
@@ -211,9 +235,11 @@ class Rows {
     check_length(steps, params_, "steps");
     for (size_t i = 0; i < steps.size(); ++i) {
       const Tensor& step = *steps[i];
-      TORCH_CHECK(step.scalar_type() == at::kFloat && step.numel() == 1 && step.device() == params_[i]->device(),
-                  "steps[", i, "]: expected one float32 element on ", params_[i]->device(), ", got ",
-                  step.scalar_type(), " of shape ", step.sizes(), " on ", step.device());
+      const bool there =
+          (step.key_set() == dense_[i]->key_set() && step.is_cpu()) || step.device() == dense_[i]->device();
+      TORCH_CHECK(there && step.scalar_type() == at::kFloat && step.numel() == 1, "steps[", i,
+                  "]: expected one float32 element on ", dense_[i]->device(), ", got ", step.scalar_type(),
+                  " of shape ", step.sizes(), " on ", step.device());
       check_not_negated(step, "steps");
       table_[i].step = static_cast<float*>(step.data_ptr());
     }
@@ -235,21 +261,22 @@ class Rows {
   }
 
  private:
-  // The data of `t` in the type, device and dense layout of parameter i: its own, or a copy's.
-  const void* laid_out(const Tensor& t, size_t i) {
-    const Tensor& like = *dense_[i];
-    if (t.scalar_type() == like.scalar_type() && t.device() == like.device() && same_strides(t, like) && !t.is_neg())
-      return t.const_data_ptr();
-    copies_.push_back(at::empty_like(like).copy_(t));
+  // The data of `t` in the type, device and dense layout of parameter i: its own if it fits, or a copy's.
+  const void* laid_out(const Tensor& t, bool fit, size_t i, const char* list) {
+    const void* data = check_data(t.const_data_ptr(), t, list, i);
+    if (fit) return data;
+    copies_.push_back(at::empty_like(*dense_[i]).copy_(t));
     return copies_.back().const_data_ptr();
   }
 
   void* own(const Tensor& t, size_t i, const char* list) {
-    check_like(t, *params_[i], list, i);
-    TORCH_CHECK(same_strides(t, *dense_[i]), list, "[", i, "]: expected strides ", dense_[i]->strides(),
-                ", the parameter's dense layout, got ", t.strides());
-    check_not_negated(t, list);
-    return t.data_ptr();
+    if (!fits(t, *dense_[i])) {
+      check_like(t, *params_[i], list, i);
+      TORCH_CHECK(same_strides(t, *dense_[i]), list, "[", i, "]: expected strides ", dense_[i]->strides(),
+                  ", the parameter's dense layout, got ", t.strides());
+      check_not_negated(t, list);
+    }
+    return check_data(t.data_ptr(), t, list, i);
   }
 
   const Refs& params_;
