@@ -534,11 +534,11 @@ def finite(x: float) -> float | None:
 
 
 def save(path: Path, content: Any) -> None:
-    """torch.save (or text) by rename: there is always a whole file."""
+    """torch.save (or text, or bytes) by rename: there is always a whole file."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as f:
-        if isinstance(content, str):
-            f.write(content.encode())
+        if isinstance(content, str | bytes):
+            f.write(content.encode() if isinstance(content, str) else content)
         else:
             torch.save(content, f)
         f.flush()

@@ -1,17 +1,20 @@
-"""The runs of a sweep: a folder each while they train, or all in one file, runs.jsonl.
+"""The runs of a sweep: a folder each while they train, or all in one file, runs.jsonl.gz.
 
-    python -m benchmarks.paper.runs runs/cpu-fair results/cpu-fair   # writes results/cpu-fair/runs.jsonl
+    python -m benchmarks.paper.runs runs/cpu-fair results/cpu-fair   # writes results/cpu-fair/runs.jsonl.gz
+    zcat results/cpu-fair/runs.jsonl.gz | head
 
-runs.jsonl has a line for a run's config.json, {"run": name, "config": {...}}; then one for each line of its
-metrics.jsonl, {"run": name, "epoch": 1, ...}; and for failed.txt {"run": name, "failed": "..."}.
+It has a line for a run's config.json, {"run": name, "config": {...}}; then one for each line of its metrics.jsonl,
+{"run": name, "epoch": 1, ...}, in eight digits; and for failed.txt {"run": name, "failed": "..."}.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gzip
 import json
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +26,7 @@ OPTIMIZERS = {"sgd": "SGD", "sgd+sam": "SGD + SAM", "adam": "Adam", "adam+sam": 
 NETWORKS = {"resnet18": "ResNet18", "vgg16": "VGG16"}
 STYLE = {"sgd": "C0--", "sgd+sam": "C0-", "adam": "C1--", "adam+sam": "C1-"}  # of an optimizer's curves
 GRID = "grid/"  # the names of runs that something is chosen by begin with it
+PACKED = "runs.jsonl.gz"
 
 
 @dataclass
@@ -94,14 +98,18 @@ def _read(name: str, *files: tuple[Path, int | None]) -> Result | None:
 
 
 def read_packed(out: Path) -> dict[str, Result]:
-    """The runs of ``out``/runs.jsonl by name; none if there is no such file.
+    """The runs of ``out``/runs.jsonl.gz by name; none if there is no such file.
 
     Raises:
-        train.RunError: if a line of it is not as expected.
+        train.RunError: if it, or a line of it, is not as expected.
     """
-    path = out / "runs.jsonl"
+    path = out / PACKED
     found: dict[str, Result] = {}
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
+    try:
+        text = gzip.decompress(path.read_bytes()).decode() if path.exists() else ""
+    except (OSError, EOFError, zlib.error) as error:
+        raise train.RunError(f"{path}: expected a gzip file: {error}") from error
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             row = json.loads(line)
             name = row.pop("run")
@@ -120,7 +128,7 @@ def read_packed(out: Path) -> dict[str, Result]:
 
 
 def read_runs(out: Path) -> list[Result]:
-    """All runs of ``out``, by name: those of its runs.jsonl, and those with a folder, which is the newer of the two."""
+    """All runs of ``out``, by name: those packed, and those with a folder, which is the newer."""
     found = read_packed(out)
     for config in (*out.glob("*/config.json"), *out.glob(f"{GRID}*/config.json")):
         name = config.parent.relative_to(out).as_posix()
@@ -129,7 +137,7 @@ def read_runs(out: Path) -> list[Result]:
 
 
 def pack(out: Path, to: Path) -> Path:
-    """Write all runs of ``out`` to ``to``/runs.jsonl, and return its path.
+    """Write all runs of ``out`` to ``to``/runs.jsonl.gz, and return its path.
 
     Raises:
         train.RunError: if there are none.
@@ -137,18 +145,24 @@ def pack(out: Path, to: Path) -> Path:
     lines = []
     for r in read_runs(out):
         ending = [] if r.failed is None else [{"failed": r.failed}]
-        lines += [json.dumps({"run": r.name, **row}) + "\n" for row in ({"config": r.config}, *r.metrics, *ending)]
+        rows = ({"config": r.config}, *map(_rounded, r.metrics), *ending)
+        lines += [json.dumps({"run": r.name, **row}) + "\n" for row in rows]
     if not lines:
         raise train.RunError(f"{out} holds no runs")
     to.mkdir(parents=True, exist_ok=True)
-    train.save(to / "runs.jsonl", "".join(lines))
-    return to / "runs.jsonl"
+    train.save(to / PACKED, gzip.compress("".join(lines).encode(), mtime=0))
+    return to / PACKED
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """Eight digits are more than a table shows, and pack to half the size."""
+    return {key: float(f"{x:.8g}") if isinstance(x, float) else x for key, x in row.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path, help="the folder of a sweep")
-    p.add_argument("to", type=Path, help="the folder that gets runs.jsonl")
+    p.add_argument("to", type=Path, help="the folder that gets runs.jsonl.gz")
     args = p.parse_args(argv)
     return train.exit_status("runs.py", lambda: print(pack(args.out, args.to)), "nothing was written")
 

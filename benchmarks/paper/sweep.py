@@ -1,7 +1,7 @@
 """Sweeps: runs of train.py in stages, of which later ones depend on what earlier ones chose.
 
 A run has its folder in --out: a finished one is skipped, also when only its config.json and metrics.jsonl are left, or
-its lines in a runs.jsonl there (benchmarks/paper/runs.py makes one); one that was cut goes on; one that diverged leaves
+its lines in a runs.jsonl.gz there (see runs.py); one that was cut goes on; one that diverged leaves
 failed.txt and is skipped too, until that is removed. Processes that share --out share the sweep.
 """
 
@@ -36,7 +36,7 @@ def settings_of(*words: str) -> train.Settings:
 class Run:
     name: str
     settings: train.Settings
-    packed: Result | None  # what runs.jsonl has of it
+    packed: Result | None  # what runs.jsonl.gz has of it
 
     @classmethod
     def of(cls, out: Path, name: str, packed: dict[str, Result], flags: dict[str, Any]) -> Run:

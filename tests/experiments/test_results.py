@@ -1,4 +1,4 @@
-"""results/cpu-*: complete, and its tables are what its runs.jsonl says."""
+"""results/cpu-*: complete, and its tables are what its runs.jsonl.gz says."""
 
 from __future__ import annotations
 

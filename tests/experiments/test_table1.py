@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import subprocess
 import sys
@@ -74,8 +75,11 @@ def test_a_sweep_goes_on_from_runs_jsonl(trained, tmp_path, capsys):
     assert table1.main([*flags, "--max-runs", "7", "--out", str(live)]) == 0
     (live / "grid" / "vgg16-adam-lr0.001" / "failed.txt").write_text("the training loss is nan\n")
     assert runs.main([str(live), str(packed)]) == 0
-    assert [path.name for path in packed.iterdir()] == ["runs.jsonl"]
-    assert runs.read_runs(packed) == runs.read_runs(live)
+    assert [path.name for path in packed.iterdir()] == ["runs.jsonl.gz"]
+    for held, first in zip(runs.read_runs(packed), runs.read_runs(live), strict=True):
+        assert (held.name, held.config, held.failed) == (first.name, first.config, first.failed)
+        for row, at_first in zip(held.metrics, first.metrics, strict=True):
+            assert row == {k: pytest.approx(x, rel=1e-7) if x is not None else None for k, x in at_first.items()}
     del trained[:]
     assert table1.main([*flags, "--out", str(packed)]) == 0
     assert trained == ["vgg16-adam+sam-0"]
@@ -83,7 +87,7 @@ def test_a_sweep_goes_on_from_runs_jsonl(trained, tmp_path, capsys):
     tables = [(out / "table1.md").read_text() for out in (live, packed)]
     assert tables[0] == tables[1]
     assert runs.main([str(packed), str(packed)]) == 0  # what was trained comes to what was packed
-    assert len((packed / "runs.jsonl").read_text().splitlines()) == 8 + 8 * 2 + 1
+    assert len(gzip.decompress((packed / runs.PACKED).read_bytes()).splitlines()) == 8 + 8 * 2 + 1
     capsys.readouterr()
     assert table1.main([*flags, "--width", "4", "--out", str(packed)]) == 1
     assert "was run with width = 2, not 4" in capsys.readouterr().err
@@ -91,9 +95,18 @@ def test_a_sweep_goes_on_from_runs_jsonl(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"epoch": 1}', '{"run": "vgg16-adam-1", "epoch": 1}'])
 def test_a_bad_line_of_runs_jsonl(line, tmp_path, capsys):
-    (tmp_path / "runs.jsonl").write_text('{"run": "vgg16-adam-0", "config": {}}\n' + line + "\n")
+    text = '{"run": "vgg16-adam-0", "config": {}}\n' + line + "\n"
+    (tmp_path / runs.PACKED).write_bytes(gzip.compress(text.encode()))
     assert table1.main(["--report-only", "--out", str(tmp_path)]) == 1
-    assert "runs.jsonl, line 2: expected a JSON object with a run's name" in capsys.readouterr().err
+    assert "runs.jsonl.gz, line 2: expected a JSON object with a run's name" in capsys.readouterr().err
+
+
+def test_a_file_of_runs_that_is_cut(tmp_path, capsys):
+    whole = gzip.compress(b'{"run": "vgg16-adam-0", "config": {}}\n')
+    for content in (whole[:-4], b"{}"):
+        (tmp_path / runs.PACKED).write_bytes(content)
+        assert table1.main(["--report-only", "--out", str(tmp_path)]) == 1
+        assert "runs.jsonl.gz: expected a gzip file" in capsys.readouterr().err
 
 
 def test_a_cut_run_goes_on(trained, tmp_path, monkeypatch, capsys):
