@@ -1,4 +1,4 @@
-"""results/cpu-*: complete, and its tables are what its runs.jsonl.gz says."""
+"""results/cpu-* and noise-*: complete, and their tables are what runs.jsonl.gz says."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from benchmarks.paper import sharpness_study, table1
+from benchmarks.paper import noise, sharpness_study, table1
 from tests.helpers.paths import ROOT
 
 
@@ -24,3 +24,13 @@ def test_tables_are_rebuilt(recipe, tmp_path):
     with (committed / "table1.csv").open() as file:
         cells = list(csv.DictReader(file))
     assert [cell["n"] for cell in cells] == ["3"] * 8
+
+
+def test_the_table_of_wrong_labels_is_rebuilt(tmp_path):
+    committed = ROOT / "results" / "noise-digits"
+    shutil.copy(committed / "runs.jsonl.gz", tmp_path)
+    assert noise.main(["--report-only", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "noise.md").read_text() == (committed / "noise.md").read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in committed.iterdir()}
+    rows = [line for line in (tmp_path / "noise.md").read_text().splitlines() if line.startswith("| base |")]
+    assert [row.split(" | ")[1] for row in rows[1:]] == ["| 5"] * 8
