@@ -66,6 +66,12 @@ DType dtype_of(const Tensor& t, const char* list, size_t i) {
   }
 }
 
+// Whether `t` has the kind of memory that `like` has: equal layout, bits and device. With a thousand small tensors the
+// checks are most of a step, so this and fits() are asked first, and what is amiss only where they are false.
+bool same_kind(const Tensor& t, const Tensor& like) {
+  return t.key_set() == like.key_set() && (t.is_cpu() || t.device() == like.device());
+}
+
 void check_dense(const Tensor& t, const char* list, size_t i) {
   TORCH_CHECK(t.layout() == at::kStrided, list, "[", i, "]: expected a dense tensor, got layout ", t.layout());
 }
@@ -94,11 +100,9 @@ bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Whether the memory of `t` can be used as that of `like`: equal layout, bits, device, dtype, shape and strides. With a
-// thousand small tensors the checks are most of a step, so this is asked first, and what is amiss only if it is false.
+// Whether the memory of `t` can be used as that of `like`: of its kind, dtype, shape and strides.
 bool fits(const Tensor& t, const Tensor& like) {
-  if (t.key_set() != like.key_set() || t.dtype() != like.dtype() || !(t.is_cpu() || t.device() == like.device()))
-    return false;
+  if (!same_kind(t, like) || t.dtype() != like.dtype()) return false;
   const Sizes sizes = t.sizes(), others = like.sizes();
   bool same = sizes.size() == others.size();
   for (size_t d = 0; same && d < sizes.size(); ++d) same = sizes[d] == others[d];
@@ -174,7 +178,7 @@ class Rows {
     for (size_t g = 0; g < run_sizes.size(); ++g)
       for (int64_t k = 0; k < run_sizes[g]; ++k, ++i) {
         const Tensor& p = *params[i];
-        if (p.key_set() != first.key_set() || !p.is_cpu()) {
+        if (!same_kind(p, first)) {
           check_dense(p, "params", i);
           TORCH_CHECK(p.device() == first.device(), "params[", i, "]: expected device ", first.device(),
                       ", as params[0] has, got ", p.device());
@@ -235,8 +239,7 @@ class Rows {
     check_length(steps, params_, "steps");
     for (size_t i = 0; i < steps.size(); ++i) {
       const Tensor& step = *steps[i];
-      const bool there =
-          (step.key_set() == dense_[i]->key_set() && step.is_cpu()) || step.device() == dense_[i]->device();
+      const bool there = same_kind(step, *dense_[i]) || step.device() == dense_[i]->device();
       TORCH_CHECK(there && step.scalar_type() == at::kFloat && step.numel() == 1, "steps[", i,
                   "]: expected one float32 element on ", dense_[i]->device(), ", got ", step.scalar_type(),
                   " of shape ", step.sizes(), " on ", step.device());
