@@ -16,7 +16,7 @@ import pytorch_optimizer
 import torch
 from torch import nn
 
-from sam_fused import FusedSAM, ReferenceSAM
+from sam_fused import FusedSAM
 from sam_fused.bases import Update, native_update
 
 RHO = 0.05
@@ -67,7 +67,6 @@ RIVALS: dict[str, Callable[..., Any]] = {
         p, b, rho=RHO, adaptive=a, fused=True, **o
     ),
     "foreach + fused base": lambda p, b, a, **o: ForeachSAM(p, b, a, **o),
-    "ReferenceSAM": lambda p, b, a, **o: ReferenceSAM(p, b, rho=RHO, adaptive=a, **o),
     "FusedSAM": lambda p, b, a, **o: FusedSAM(p, b, rho=RHO, adaptive=a, **o),
 }
 

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..plots import figure
 from .rivals import RIVALS, two_calls
-from .timing import command_line, conclude, environment, measure, median
-from .workloads import parameters
+from .timing import alone, command_line, conclude, environment, measure, median
+from .workloads import SMALL, parameters
 
 SERIES = ["pytorch_optimizer SAM, fused=True", "foreach + fused base", "FusedSAM"]
 AXES = {
@@ -30,9 +30,8 @@ def cell(tensors: int, numel: int, rounds: int) -> dict[str, Any]:
     """Rivals are left out where one step would take them seconds."""
     params = parameters([torch.Size([numel])] * tensors)
     names = SERIES if tensors <= 10**4 else SERIES[1:]
-    return measure(
-        {n: two_calls(RIVALS[n](params, torch.optim.Adam, False, lr=1e-3)) for n in names}, rounds, "FusedSAM"
-    )
+    calls = {n: two_calls(RIVALS[n](params, torch.optim.Adam, False, lr=1e-3)) for n in names}
+    return measure(calls, rounds, "FusedSAM", cold=True, again=tensors * numel < SMALL)
 
 
 def plot(results: dict[str, list[dict]], path: Path) -> None:
@@ -57,7 +56,7 @@ def main() -> None:
     for name, sizes in AXES.items():
         for tensors, numel in tqdm(sizes, desc=name, disable=None):
             size = tensors * numel if name == "parameters" else tensors
-            results[name].append({"size": size, **cell(tensors, numel, args.rounds)})
+            results[name].append({"size": size, **alone(cell, tensors, numel, args.rounds)})
     content = {"environment": environment(), **results}
     (args.out / "scaling.json").write_text(json.dumps(content))
     plot(results, args.out / "scaling.png")

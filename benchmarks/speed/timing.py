@@ -9,8 +9,10 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import train
 ROUNDS = 20
 OTHERS = 0.25  # at most: processors that others kept busy meanwhile
 SPREAD = 0.25  # at most: interquartile range of the reference's own times over their median
+EVICTED = 256 << 20  # bytes that are gone through before a call: 64 MiB left a part of 32 MiB of cache as it was
 
 
 def busy() -> float | None:
@@ -40,13 +43,32 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def measure(calls: dict[str, Callable[[], object]], rounds: int, reference: str, warm_up: int = 2) -> dict[str, Any]:
+def measure(
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    reference: str,
+    warm_up: int = 2,
+    cold: bool = False,
+    again: bool = False,
+) -> dict[str, Any]:
     """A cell: the milliseconds of each call, which is made once a round, and how busy the machine was with others.
 
-    Every round has an order of its own: what a call leaves in the caches then meets all the others alike. The others'
-    share is counted and not taken from the load average, which lags a minute behind and holds the cell's own threads.
+    ``cold`` empties the caches before each call, as the passes before an optimizer's step do in training: what the
+    call before happened to leave there would be measured otherwise. ``again`` is for calls of a few milliseconds. It
+    makes each a second time at once, with all in the caches that fits, and keeps those times apart, as the "ms" of
+    "again"; and one that is not timed comes before all this, or the first would depend on whose call was the last.
+    Every round has an order of its own. The others' share is counted and not taken from the load average, which lags a
+    minute behind and holds the cell's own threads.
     """
     ms: dict[str, list[float]] = {name: [] for name in calls}
+    second: dict[str, list[float]] = {name: [] for name in calls}
+    evicted = torch.zeros(EVICTED // 4 if cold else 0)
+
+    def timed(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return round((time.perf_counter() - start) * 1e3, 4)
+
     order = list(calls.items())
     shuffle = random.Random(0).shuffle
     for call in calls.values():  # states, caches, cached lists
@@ -59,16 +81,33 @@ def measure(calls: dict[str, Callable[[], object]], rounds: int, reference: str,
         for _ in range(rounds):
             shuffle(order)
             for name, call in order:
-                t = time.perf_counter()
-                call()
-                ms[name].append(round((time.perf_counter() - t) * 1e3, 4))
+                if again:
+                    call()
+                evicted.add_(1)
+                ms[name].append(timed(call))
+                if again:
+                    second[name].append(timed(call))
     finally:
         gc.enable()
     wall, others_then = time.perf_counter() - start, busy()
     share = None
     if others is not None and others_then is not None and wall > 1:  # they are counted in hundredths of a second
         share = round((others_then - others) / wall, 3)
-    return {"reference": reference, "ms": ms, "load": [load, load_average()], "others": share}
+    cell = {"reference": reference, "ms": ms, "load": [load, load_average()], "others": share}
+    return {**cell, "again": {"ms": second}} if again else cell
+
+
+def alone(cell: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+    """cell(*arguments) in a process of its own: what cells before it left scattered over the heap is not there.
+
+    A cell that was disturbed is measured anew, up to twice.
+    """
+    for _ in range(3):
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            measured = pool.submit(cell, *arguments).result()
+        if rounds(measured) < ROUNDS or not disturbed(measured):
+            break
+    return measured
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

@@ -66,7 +66,7 @@ def variants(arch: str, width: int) -> dict[str, Callable[[], object]]:
         PASS: forward_backward,
         "Adam": plain(),
         "Adam, fused=True": plain(fused=True),
-        **{n: rival(n) for n in RIVALS if n not in ("ReferenceSAM", "FusedSAM")},
+        **{n: rival(n) for n in RIVALS if n != "FusedSAM"},
         "FusedSAM": ours(),
         "FusedMSAM": ours("--method", "msam"),
         "FusedSAM, --ascent-fraction 0.25": ours("--ascent-fraction", "0.25"),

@@ -30,6 +30,9 @@ LISTS: dict[str, Callable[[], list[torch.Size]]] = {
 }
 
 
+SMALL = 10**6  # fewer parameters than this fit into the caches, with all that a step needs of them
+
+
 def parameters(shapes: list[torch.Size]) -> list[nn.Parameter]:
     """With gradients."""
     params = [nn.Parameter(torch.randn(shape)) for shape in shapes]

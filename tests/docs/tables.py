@@ -12,13 +12,13 @@ import argparse
 import csv
 import json
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.paper.runs import NETWORKS, OPTIMIZERS
+from benchmarks.speed import timing
 from benchmarks.tables import table
 from tests.docs.pages import PAGES
 from tests.helpers.paths import ROOT
@@ -41,7 +41,7 @@ LISTS = {
     "24x4M": "24 tensors of 4 M",
     "1000x100": "1000 tensors of 100",
 }
-#: The columns of step.json, ours first; it may lack some of them.
+#: The columns of step.json, ours first; a cell may lack some of them.
 COLUMNS = {
     "FusedSAM": "FusedSAM",
     "davda54/sam": "davda54/sam",
@@ -57,29 +57,15 @@ def columns(of: Iterable[str]) -> list[str]:
     return [name for name in COLUMNS if name in of]
 
 
-def median(times: Any) -> float:
-    """Of the rounds' times, or as it was written."""
-    return times["median"] if isinstance(times, dict) else statistics.median(times)
-
-
-def half_range(times: Any) -> float:
-    """Half the interquartile range."""
-    if isinstance(times, dict):
-        return times["iqr"] / 2
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+def half_range(cell: dict[str, Any], name: str) -> float:
+    """Half the interquartile range, in milliseconds."""
+    low, _, high = timing.quartiles(cell["ms"][name])
     return (high - low) / 2
 
 
-def ratio(cell: dict[str, Any], name: str, to: str) -> float:
-    """The median of the rounds' ratios, or that of the medians."""
-    ms = cell["ms"]
-    if isinstance(ms[name], dict):
-        return ms[name]["median"] / ms[to]["median"]
-    return statistics.median(a / b for a, b in zip(ms[name], ms[to], strict=True))
-
-
-def rounds(cell: dict[str, Any]) -> int:
-    return cell["rounds"] if "rounds" in cell else len(next(iter(cell["ms"].values())))
+def ratio(cell: dict[str, Any], name: str) -> float:
+    """The median of the rounds' ratios to the cell's reference."""
+    return timing.ratio(cell, name)[1]
 
 
 def digits(x: float, like: float = 0) -> str:
@@ -89,18 +75,17 @@ def digits(x: float, like: float = 0) -> str:
 
 def step_cells() -> list[dict[str, Any]]:
     """Of SAM + Adam, in the order of LISTS."""
-    held = read("bench/step.json")
-    cells = [c for c in held.get("cells", held.get("results")) if c["base"] == "adam" and not c["adaptive"]]
+    cells = [c for c in read("bench/step.json")["cells"] if c["base"] == "adam" and not c["adaptive"]]
     return sorted(cells, key=lambda c: (list(LISTS).index(c["list"]), c["threads"]))
 
 
 def times(cell: dict[str, Any], names: list[str]) -> list[str]:
     ours, *others = names
-    middle = median(cell["ms"][ours])
-    words = [f"{digits(middle)} ± {digits(half_range(cell['ms'][ours]), middle)}"]
+    middle = timing.median(cell, ours)
+    words = [f"{digits(middle)} ± {digits(half_range(cell, ours), middle)}"]
     for name in others:
-        over = ratio(cell, name, ours)
-        words.append(f"{digits(median(cell['ms'][name]))} ({over:.{over < 9.95:d}f}x)")
+        over = ratio(cell, name)
+        words.append(f"{digits(timing.median(cell, name))} ({over:.{over < 9.95:d}f}x)")
     return words
 
 
@@ -114,8 +99,8 @@ def step() -> list[str]:
     names = columns(cells[0]["ms"])
 
     def row(c: dict[str, Any]) -> list[Any]:
-        floor = f"{median(c['ms']['FusedSAM']) / c['floor_ms']:.2f}" if "floor_ms" in c else ""
-        return [size_of(c), c["threads"], rounds(c), *times(c, names), floor]
+        floor = f"{timing.median(c, 'FusedSAM') / c['floor_ms']:.2f}" if c["numel"] > 1e6 else ""
+        return [size_of(c), c["threads"], timing.rounds(c), *times(c, names), floor]
 
     return table(["list", "threads", "n", *(COLUMNS[name] for name in names), "time / floor"], map(row, cells))
 
@@ -123,9 +108,9 @@ def step() -> list[str]:
 def step_short() -> list[str]:
     most = max(c["threads"] for c in step_cells())
     cells = [c for c in step_cells() if c["threads"] == most and c["list"] != "vgg16"]
-    names = columns(cells[0]["ms"])
+    names = [name for name in columns(cells[0]["ms"]) if name not in ("FusedMSAM", "base, fused=True")]
     return table(
-        ["", "n", *(COLUMNS[name] for name in names)], ([size_of(c), rounds(c), *times(c, names)] for c in cells)
+        ["", "n", *(COLUMNS[name] for name in names)], ([size_of(c), timing.rounds(c), *times(c, names)] for c in cells)
     )
 
 
@@ -138,7 +123,6 @@ def memory() -> list[str]:
 
 STEPS = {
     "Adam, fused=True": "Adam, `fused=True`",
-    "FusedSAM, --rho 0": "FusedSAM, `--rho 0`",
     "FusedMSAM": "FusedMSAM",
     "FusedSAM": "FusedSAM",
     "FusedSAM, --ascent-fraction 0.25": "FusedSAM, `--ascent-fraction 0.25`",
@@ -149,18 +133,13 @@ STEPS = {
     "foreach + fused base": "`_foreach_` + fused Adam",
 }
 ARCHS = {"resnet18": "ResNet-18", "vgg16": "VGG16"}
-PASS = "forward + backward"
 
 
 def training() -> list[str]:
     networks = read("bench/train.json")["networks"]
-    header = ["", *(f"{ARCHS[n['arch']]}, width {n['width']}, n = {rounds(n)}" for n in networks)]
-
-    def over(n: dict[str, Any], name: str) -> str:
-        return f"{ratio(n, name, PASS) if 'ms' in n else n['seconds'][name] / n['seconds'][PASS]:.2f}"
-
-    shown = [name for name in STEPS if name in networks[0].get("ms", networks[0].get("seconds"))]
-    return table(header, ([STEPS[name], *(over(n, name) for n in networks)] for name in shown))
+    header = ["", *(f"{ARCHS[n['arch']]}, width {n['width']}, n = {timing.rounds(n)}" for n in networks)]
+    shown = [name for name in STEPS if name in networks[0]["ms"]]
+    return table(header, ([STEPS[name], *(f"{ratio(n, name):.2f}" for n in networks)] for name in shown))
 
 
 def cost() -> list[str]:
@@ -170,9 +149,7 @@ def cost() -> list[str]:
 
 def pipeline() -> list[str]:
     made = read("bench/train.json")["input"]
-    speeds = made.get("images_per_second") or {n: 1 / median(ms) for n, ms in made["ms"].items()}
-    ours = speeds["train.py"]
-    return table(["", f"time, n = {rounds(made)}"], ((n, f"{ours / speed:.1f}x") for n, speed in speeds.items()))
+    return table(["", f"time, n = {timing.rounds(made)}"], ((n, f"{ratio(made, n):.1f}x") for n in made["ms"]))
 
 
 # ---- Table I ----
