@@ -33,10 +33,10 @@ struct Backend {
   void (*perturb)(const Queue&, const Table&, const Ascent* groups, const double* norm, bool saved);
   // param = backup.
   void (*restore)(const Queue&, const Table&);
-  // The update of Bases[base] from the backup where there is one, else from the parameter itself. Each group's learning
-  // rate is lr[group], unless lr is null. Gradients are divided by *grad_scale, unless that is null; where *found_inf
-  // is not 0, the backups are restored and nothing is updated. `along` may be null.
-  void (*restore_step)(const Queue&, const Table&, int base, const double* hyper, const double* lr,
+  // The update of Bases[base] from the backup where there is one, else from the parameter itself. `rates` has one entry
+  // a group. Gradients are divided by *grad_scale, unless that is null; where *found_inf is not 0, the backups are
+  // restored and nothing is updated. `along` may be null.
+  void (*restore_step)(const Queue&, const Table&, int base, const double* hyper, const Rate* rates,
                        const float* grad_scale, const float* found_inf, const Along* along);
 };
 

@@ -316,16 +316,16 @@ void restore(const Queue&, const Table& table) {
   });
 }
 
-// The rows of hyper-parameters, with the learning rates of `lr` unless it is null.
+// The rows of hyper-parameters, with the learning rates that are kept elsewhere.
 template <class Hyper>
-std::vector<Hyper> with_lr(const double* hyper, const double* lr, int64_t n_groups) {
+std::vector<Hyper> with_rates(const double* hyper, const Rate* rates, int64_t n_groups) {
   const auto* first = reinterpret_cast<const Hyper*>(hyper);
   std::vector<Hyper> rows(first, first + n_groups);
-  for (int64_t g = 0; lr && g < n_groups; ++g) rows[g].lr = lr[g];
+  for (int64_t g = 0; g < n_groups; ++g) rows[g].lr = rates[g].value_or(rows[g].lr);
   return rows;
 }
 
-void restore_step(const Queue& queue, const Table& table, int base, const double* hyper, const double* lr,
+void restore_step(const Queue& queue, const Table& table, int base, const double* hyper, const Rate* rates,
                   const float* grad_scale, const float* found_inf, const Along* along) {
   if (found_inf && *found_inf != 0) {
     restore(queue, table);
@@ -340,7 +340,7 @@ void restore_step(const Queue& queue, const Table& table, int base, const double
   double* const out = partial.data();
   with_base(base, [&](auto b) {
     using Base = decltype(b);
-    const auto rows = with_lr<typename Base::Hyper>(hyper, lr, table.back().group + 1);
+    const auto rows = with_rates<typename Base::Hyper>(hyper, rates, table.back().group + 1);
     // One Step a row; rows of one group mostly have one count.
     std::vector<typename Base::Step> steps;
     steps.reserve(table.size());

@@ -377,22 +377,27 @@ struct Preparation {
     bool wide;      // float64
   };
   static constexpr int kGroups = 16;
-  static constexpr int kMax = (kSmall - kOther - kGroups * sizeof(typename Base::Hyper)) / sizeof(Row);
+  struct Group {
+    typename Base::Hyper hyper;
+    Rate rate;
+  };
+  static constexpr int kMax = (kSmall - kOther - kGroups * sizeof(Group)) / sizeof(Row);
   int32_t n = 0, first_row = 0, first_group = 0;
-  typename Base::Hyper hyper[kGroups];
+  Group groups[kGroups];
   Row rows[kMax];
 };
 
 // One thread a row: counts its step and makes its Update.
 template <class Base>
 __global__ void __launch_bounds__(kThreads)
-    prepare_kernel(const __grid_constant__ Preparation<Base> all, const double* lr, const float* grad_scale,
-                   const float* found_inf, Slot<Base>* slots) {
+    prepare_kernel(const __grid_constant__ Preparation<Base> all, const float* grad_scale, const float* found_inf,
+                   Slot<Base>* slots) {
   const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (i >= all.n || (found_inf && *found_inf != 0)) return;
   const auto& row = all.rows[i];
-  typename Base::Hyper hyper = all.hyper[row.group];
-  if (lr) hyper.lr = lr[all.first_group + row.group];
+  const auto& group = all.groups[row.group];
+  typename Base::Hyper hyper = group.hyper;
+  hyper.lr = group.rate.value_or(hyper.lr);
   const typename Base::Step step(hyper, row.step ? * row.step += 1 : 0);
   const double scale = grad_scale ? *grad_scale : 1;
   void* slot = slots + all.first_row + i;
@@ -580,12 +585,12 @@ void restore(const Queue& queue, const Table& table) {
 }
 
 template <class Base>
-void prepare(const Queue& queue, const Table& table, const typename Base::Hyper* hyper, const double* lr,
+void prepare(const Queue& queue, const Table& table, const typename Base::Hyper* hyper, const Rate* rates,
              const float* grad_scale, const float* found_inf, Slot<Base>* slots) {
   Preparation<Base> all;
   const auto flush = [&](size_t next) {
     if (all.n > 0)
-      launch("prepare_kernel", prepare_kernel<Base>, (all.n + kThreads - 1) / kThreads, kThreads, queue.stream, all, lr,
+      launch("prepare_kernel", prepare_kernel<Base>, (all.n + kThreads - 1) / kThreads, kThreads, queue.stream, all,
              grad_scale, found_inf, slots);
     all.n = 0;
     all.first_row = static_cast<int32_t>(next);
@@ -595,18 +600,19 @@ void prepare(const Queue& queue, const Table& table, const typename Base::Hyper*
     if (all.n == all.kMax || row.group - all.first_group >= all.kGroups) flush(r);
     if (all.n == 0) all.first_group = row.group;
     const int group = row.group - all.first_group;
-    all.hyper[group] = hyper[row.group];
+    all.groups[group] = {hyper[row.group], rates[row.group]};
     all.rows[all.n++] = {row.step, group, row.dtype == DType::kDouble};
   }
   flush(table.size());
 }
 
-void restore_step(const Queue& queue, const Table& table, int base, const double* hyper, const double* lr,
+void restore_step(const Queue& queue, const Table& table, int base, const double* hyper, const Rate* rates,
                   const float* grad_scale, const float* found_inf, const Along* along) {
   with_base(base, [&]<class Base>(Base) {
     using E = UpdateEntry<Base>;
     auto* slots = static_cast<Slot<Base>*>(queue.allocate(sizeof(Slot<Base>) * table.size()));
-    prepare<Base>(queue, table, reinterpret_cast<const typename Base::Hyper*>(hyper), lr, grad_scale, found_inf, slots);
+    prepare<Base>(queue, table, reinterpret_cast<const typename Base::Hyper*>(hyper), rates, grad_scale, found_inf,
+                  slots);
     for_entries<E>(
         table,
         [&](E& e, const Row& row, int r) {

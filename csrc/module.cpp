@@ -158,9 +158,9 @@ PYBIND11_MODULE(_C, m) {
                              "run_sizes"_a);
   define<sam::restore_>(m, "restore_", "params"_a, "backups"_a);
   define<sam::restore_step_>(m, "restore_step_", "base"_a, "params"_a, "grads"_a, "backups"_a, "state"_a, "steps"_a,
-                             "hyper"_a, "run_sizes"_a, none("lr"), none("grad_scale"), none("found_inf"));
+                             "hyper"_a, "run_sizes"_a, "lr"_a, none("grad_scale"), none("found_inf"));
   define<sam::step_along_>(m, "step_along_", "base"_a, "params"_a, "grads"_a, "state"_a, "steps"_a, "hyper"_a,
-                           "ascent"_a, "moment"_a, "run_sizes"_a, none("lr"), none("grad_scale"), none("found_inf"));
+                           "ascent"_a, "moment"_a, "run_sizes"_a, "lr"_a, none("grad_scale"), none("found_inf"));
   m.def("gather", torch::wrap_pybind_function(gather));
   m.def("contents", contents);
   m.def("versions", torch::wrap_pybind_function(versions));

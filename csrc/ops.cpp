@@ -151,6 +151,24 @@ const float* check_scalar(const Scalar& t, const char* name, const at::Device& d
   return static_cast<const float*>(t->const_data_ptr());
 }
 
+// One for each group, from a list of none or of one for each group.
+std::vector<Rate> check_rates(const OptionalRefs& lr, int64_t n_groups, const at::Device& device) {
+  TORCH_CHECK(lr.empty() || static_cast<int64_t>(lr.size()) == n_groups, "lr: expected none or ", n_groups,
+              ", one for each run, got ", lr.size());
+  std::vector<Rate> rates(n_groups);
+  for (size_t g = 0; g < lr.size(); ++g) {
+    if (!lr[g]) continue;
+    const Tensor& t = *lr[g];
+    const bool real = t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble;
+    TORCH_CHECK(real && t.numel() == 1 && t.device() == device, "lr[", g,
+                "]: expected one float32 or float64 element on ", device, ", got ", t.scalar_type(), " of shape ",
+                t.sizes(), " on ", t.device());
+    check_not_negated(t, "lr");
+    rates[g] = {t.const_data_ptr(), static_cast<int64_t>(t.itemsize())};
+  }
+  return rates;
+}
+
 // ---- tables ----
 
 // In-place operators on lists must do this themselves, or autograd uses mutated tensors without a word.
@@ -361,8 +379,8 @@ void restore_(const Hook&, const Refs& params, const Refs& backups) {
 namespace {
 
 void update(Rows& rows, std::string_view base, const Refs& params, const Refs& state, const Refs& steps,
-            const Tensor& hyper, Sizes run_sizes, const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf,
-            const Along* along) {
+            const Tensor& hyper, Sizes run_sizes, const OptionalRefs& lr, const Scalar& grad_scale,
+            const Scalar& found_inf, const Along* along) {
   const int index = find_base(base);
   const int64_t n_groups = static_cast<int64_t>(run_sizes.size());
   const double* values = nullptr;
@@ -376,11 +394,12 @@ void update(Rows& rows, std::string_view base, const Refs& params, const Refs& s
                         " lists of state, got ", along->state);
   });
   const at::Device device = params[0]->device();
-  const double* rates = lr ? check_doubles(*lr, "lr", n_groups, device) : nullptr;
+  const std::vector<Rate> rates = check_rates(lr, n_groups, device);
   const float* scale = check_scalar(grad_scale, "grad_scale", device);
   const float* skip = check_scalar(found_inf, "found_inf", device);
   const Target on(*params[0]);
-  rows.write([&](const Table& t) { on.backend.restore_step(on.queue, t, index, values, rates, scale, skip, along); });
+  rows.write(
+      [&](const Table& t) { on.backend.restore_step(on.queue, t, index, values, rates.data(), scale, skip, along); });
   bump_versions(state);
   bump_versions(steps);
 }
@@ -389,7 +408,7 @@ void update(Rows& rows, std::string_view base, const Refs& params, const Refs& s
 
 void restore_step_(const Hook& done, std::string_view base, const Refs& params, const Refs& grads,
                    const OptionalRefs& backups, const Refs& state, const Refs& steps, const Tensor& hyper,
-                   Sizes run_sizes, const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf) {
+                   Sizes run_sizes, const OptionalRefs& lr, const Scalar& grad_scale, const Scalar& found_inf) {
   Rows rows(params, run_sizes);
   rows.grads(grads, "grads");
   rows.saved(backups, "backups");
@@ -399,7 +418,7 @@ void restore_step_(const Hook& done, std::string_view base, const Refs& params, 
 
 Tensor step_along_(const Hook& done, std::string_view base, const Refs& params, const Refs& grads, const Refs& state,
                    const Refs& steps, const Tensor& hyper, const Tensor& ascent, int64_t moment, Sizes run_sizes,
-                   const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf) {
+                   const OptionalRefs& lr, const Scalar& grad_scale, const Scalar& found_inf) {
   Rows rows(params, run_sizes);
   rows.grads(grads, "grads");
   const int64_t n = static_cast<int64_t>(run_sizes.size());
@@ -465,11 +484,11 @@ TORCH_LIBRARY(sam_fused, m) {
   m.def("restore_(Tensor(a!)[] params, Tensor[] backups) -> ()");
   m.def(
       "restore_step_(str base, Tensor(a!)[] params, Tensor[] grads, Tensor?[] backups, Tensor(b!)[] state, "
-      "Tensor(c!)[] steps, Tensor hyper, int[] run_sizes, Tensor? lr=None, Tensor? grad_scale=None, "
+      "Tensor(c!)[] steps, Tensor hyper, int[] run_sizes, Tensor?[] lr, Tensor? grad_scale=None, "
       "Tensor? found_inf=None) -> ()");
   m.def(
       "step_along_(str base, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] steps, "
-      "Tensor hyper, Tensor ascent, int moment, int[] run_sizes, Tensor? lr=None, Tensor? grad_scale=None, "
+      "Tensor hyper, Tensor ascent, int moment, int[] run_sizes, Tensor?[] lr, Tensor? grad_scale=None, "
       "Tensor? found_inf=None) -> Tensor");
 }
 

@@ -45,18 +45,19 @@ void restore_(const Hook&, const Refs& params, const Refs& backups);
 
 // One step of `base` from the backups (optional, one by one) or from params. `state` is the base's state lists one
 // after the other; `steps` are float32 step counters, which it advances, empty for a base that counts none; `hyper` is
-// float64 [groups, hyper-parameters], in the order of the base's Hyper; `lr`, float64 [groups] on the device, takes
-// the place of its learning rates. Gradients are divided by `grad_scale`; where `found_inf` is not 0 the backups are
-// restored and nothing else happens (float32, one element each, on the device). The hook comes when all is done.
+// float64 [groups, hyper-parameters], in the order of the base's Hyper; `lr` is empty, or has for each group None or
+// what takes the place of its learning rate (float32 or float64, one element, on the device). Gradients are divided by
+// `grad_scale`; where `found_inf` is not 0 the backups are restored and nothing else happens (float32, one element
+// each, on the device). The hook comes when all is done.
 void restore_step_(const Hook& done, std::string_view base, const Refs& params, const Refs& grads,
                    const OptionalRefs& backups, const Refs& state, const Refs& steps, const at::Tensor& hyper,
-                   Sizes run_sizes, const Scalar& lr, const Scalar& grad_scale, const Scalar& found_inf);
+                   Sizes run_sizes, const OptionalRefs& lr, const Scalar& grad_scale, const Scalar& found_inf);
 
 // The same step of params themselves. Returns the squared norms ||T m||^2 of the groups as grad_sq_norm does, m the
 // list of `state` with the number `moment` after the step, T of the parameters after it.
 at::Tensor step_along_(const Hook& done, std::string_view base, const Refs& params, const Refs& grads,
                        const Refs& state, const Refs& steps, const at::Tensor& hyper, const at::Tensor& ascent,
-                       int64_t moment, Sizes run_sizes, const Scalar& lr, const Scalar& grad_scale,
+                       int64_t moment, Sizes run_sizes, const OptionalRefs& lr, const Scalar& grad_scale,
                        const Scalar& found_inf);
 
 }  // namespace sam

@@ -20,6 +20,17 @@ struct Row {
   float* step = nullptr;
 };
 
+// Where the device keeps a group's learning rate; nowhere if it is the one of the group's hyper-parameters.
+struct Rate {
+  const void* at = nullptr;
+  int64_t bytes = 0;  // 8 of a float64, 4 of a float32
+
+  SAM_FN double value_or(double other) const {
+    if (!at) return other;
+    return bytes == sizeof(double) ? *static_cast<const double*>(at) : *static_cast<const float*>(at);
+  }
+};
+
 // A run of elements of one row: the unit of work and of the norm's fixed summation order.
 struct Chunk {
   int32_t row;

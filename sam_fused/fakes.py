@@ -35,7 +35,7 @@ def _step_along_(
     ascent: Tensor,
     moment: int,
     run_sizes: list[int],
-    lr: Tensor | None = None,
+    lr: list[Tensor | None],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> Tensor:

@@ -107,7 +107,7 @@ class _Batch:
 
     def scalars(
         self, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
         """The last three arguments of an update."""
         return (
             self.lr(),
@@ -115,19 +115,16 @@ class _Batch:
             None if found_inf is None else found_inf.to(self.device),
         )
 
-    def lr(self) -> Tensor | None:
-        """The learning rate of each run, float64 on the parameters' device, if that is where they are kept."""
-        lrs = [group["lr"] for group in self.groups]
-        kept = [isinstance(lr, Tensor) and (lr.device == self.device or not lr.is_cpu) for lr in lrs]
-        if not any(kept):
-            return None
-        options: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
-        return torch.stack(
-            [
-                lr.to(**options).reshape(()) if k else torch.full((), float(lr), **options)
-                for lr, k in zip(lrs, kept, strict=True)
-            ]
-        )
+    def lr(self) -> list[Tensor | None]:
+        """For each run the tensor that the update reads the learning rate from, on the parameters' device, or None."""
+        lrs: list[Tensor | None] = []
+        for group in self.groups:
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and (lr.device == self.device or not lr.is_cpu):
+                lrs.append(lr.to(self.device, torch.float32 if lr.dtype == torch.float32 else torch.float64))
+            else:
+                lrs.append(None)
+        return lrs
 
 
 class _Active(NamedTuple):

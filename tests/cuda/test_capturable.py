@@ -55,6 +55,38 @@ def test_a_learning_rate_in_a_tensor_in_one_pass():
     assert all(torch.equal(p, q) for p, q in zip(mine, theirs, strict=True))
 
 
+class Called(TorchDispatchMode):
+    """The names of the operators that run, but for reading a value, which a learning rate on a GPU is spared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name != "aten::_local_scalar_dense":
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("cls", [FusedSAM, FusedMSAM])
+def test_a_learning_rate_in_a_tensor_costs_no_operator(cls, dtype):
+    """The update reads it where it is: on a GPU each operator would be a launch, for each group."""
+    called = []
+    for lr in (0.5, torch.tensor(0.5, dtype=dtype, device=DEVICE)):
+        params = awkward(torch.float32)
+        groups = [{"params": params[:6]}, {"params": params[6:]}]
+        opt = cls(groups, torch.optim.Adam, lr=lr, rho=0.1, capturable=True)
+        for step in range(2):
+            set_grads(params, step)
+            with Called() as mode:
+                if cls is FusedSAM:
+                    opt.first_step()
+                opt.step()
+        called.append(mode.names)
+    assert called[0] == called[1]
+
+
 def test_errors_under_capture_in_one_pass(monkeypatch):
     params = awkward(torch.float32)
     set_grads(params, 0)

@@ -241,6 +241,6 @@ def test_more_than_2_to_the_31_elements():
     ascent = torch.tensor([[1.0, 0, 0]], dtype=torch.float64)
     assert _C.grad_sq_norm([g], [g], ascent, [1]).item() == 3
     hyper = torch.tensor([[1.0, 0, 0, 0, 0]], dtype=torch.float64)
-    _C.restore_step_("sgd", [w], [g], [backup], [], [], hyper, [1])
+    _C.restore_step_("sgd", [w], [g], [backup], [], [], hyper, [1], [])
     assert w[-4:].tolist() == [0, 4, 4, 4]
     assert w[: 1 << 20].count_nonzero() == 0

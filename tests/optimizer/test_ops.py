@@ -73,10 +73,10 @@ def arguments(op, base="adam", dtype=torch.float32, sizes=(5, 3)):
         "hyper": rows(*2 * [list(update.hyper.values())]),
     }
     given = {"base": base, "params": common["params"], "grads": common["grads"]}
-    sizes_of_groups = {"run_sizes": common["run_sizes"]}
+    of_groups = {"run_sizes": common["run_sizes"], "lr": []}
     if op == "step_along_":
-        return {**given, **of_base, "ascent": common["ascent"], "moment": update.moment, **sizes_of_groups}
-    return {**given, "backups": [backups[0], *[None for _ in sizes[2:]], backups[-1]], **of_base, **sizes_of_groups}
+        return {**given, **of_base, "ascent": common["ascent"], "moment": update.moment, **of_groups}
+    return {**given, "backups": [backups[0], *[None for _ in sizes[2:]], backups[-1]], **of_base, **of_groups}
 
 
 CALLS = [(op, None) for op in ("grad_sq_norm", "sharpness_", "perturb_", "perturb_from_", "restore_")]
@@ -318,17 +318,17 @@ def test_half_type_conversions(dtype):
     every = bits.view(dtype)
     w = every.clone()
     still = rows([0.0, 0, 0, 0, 0])
-    _C.restore_step_("sgd", [w], [torch.zeros_like(w)], [None], [], [], still, [1])
+    _C.restore_step_("sgd", [w], [torch.zeros_like(w)], [None], [], [], still, [1], [])
     number = ~every.isnan()
     assert torch.equal(w.view(torch.int16)[number], bits[number])
     assert w[~number].isnan().all()
     g = generator(0)
     a, b = (every[torch.randint(0, 1 << 16, (1 << 20,), generator=g)] for _ in range(2))
     w = a.clone()
-    _C.restore_step_("sgd", [w], [b], [None], [], [], rows([1.0, 0, 0, 0, 0]), [1])
+    _C.restore_step_("sgd", [w], [b], [None], [], [], rows([1.0, 0, 0, 0, 0]), [1], [])
     torch.testing.assert_close(w, (a.float() - b.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
     w = a.clone()
-    _C.restore_step_("sgd", [w], [b], [None], [], [], rows([2.0**-12, 0, 0, 0, 0]), [1])
+    _C.restore_step_("sgd", [w], [b], [None], [], [], rows([2.0**-12, 0, 0, 0, 0]), [1], [])
     torch.testing.assert_close(w, (a.float() - 2.0**-12 * b.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -387,8 +387,12 @@ ERRORS = [
      rf"grad_scale: expected one float32 element on {DEVICE}, got Double"),
     ("restore_step_", change(found_inf=torch.zeros(2)), RuntimeError,
      rf"found_inf: expected one float32 element on {DEVICE}, got Float of shape \[2\]"),
-    ("restore_step_", change(lr=there(1.0)), RuntimeError,
-     r"lr: expected 2 contiguous float64 elements"),
+    ("restore_step_", change(lr=[there(1.0)]), RuntimeError,
+     r"lr: expected none or 2, one for each run, got 1"),
+    ("restore_step_", change(lr=[None, torch.tensor([1.0, 2.0], device=DEVICE)]), RuntimeError,
+     rf"lr\[1\]: expected one float32 or float64 element on {DEVICE}, got Float of shape \[2\]"),
+    ("step_along_", change(lr=[there(1.0).half(), None]), RuntimeError,
+     rf"lr\[0\]: expected one float32 or float64 element on {DEVICE}, got Half"),
 ]  # fmt: skip
 
 

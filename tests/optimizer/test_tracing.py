@@ -30,7 +30,7 @@ def operators(params, grads, backups, state, steps, ascent, total, hyper):
     moved = [p.clone() for p in params]
     ops.restore_(params, backups)
     ops.perturb_(params, grads, backups, norm, ascent, [1, 1])
-    ops.restore_step_("adam", params, grads, backups, state, steps, hyper, [1, 1])
+    ops.restore_step_("adam", params, grads, backups, state, steps, hyper, [1, 1], [])
     return measured, moved
 
 

@@ -110,10 +110,12 @@ constexpr Backend synchronous{
           call.run([&] { emulated_kernels.restore(call.queue, *call.table); });
         },
     .restore_step =
-        [](const Queue& queue, const Table& table, int base, const double* hyper, const double* lr,
+        [](const Queue& queue, const Table& table, int base, const double* hyper, const Rate* rates,
            const float* grad_scale, const float* found_inf, const Along* along) {
           Call call(queue, table);
-          call.device(lr, call.n_groups);
+          for (int64_t g = 0; g < call.n_groups; ++g)
+            call.device(static_cast<const char*>(rates[g].at), rates[g].bytes);
+          rates = call.host(rates, call.n_groups);
           call.device(grad_scale, 1);
           call.device(found_inf, 1);
           const Along* copy = nullptr;
@@ -128,7 +130,7 @@ constexpr Backend synchronous{
             rows = call.host(hyper, call.n_groups * sizeof(typename Base::Hyper) / sizeof(double));
           });
           call.run([&] {
-            emulated_kernels.restore_step(call.queue, *call.table, base, rows, lr, grad_scale, found_inf, copy);
+            emulated_kernels.restore_step(call.queue, *call.table, base, rows, rates, grad_scale, found_inf, copy);
           });
         }};
 

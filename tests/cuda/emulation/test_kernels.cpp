@@ -324,8 +324,13 @@ void descend(const List& list, int index) {
   const double limit = entry_of(Base::name).error;
   const typename Base::Hyper hyper = hyper_of<Base>();
   const std::vector<typename Base::Hyper> rows(groups, hyper);
-  auto* lr = static_cast<double*>(allocate(groups * sizeof(double)));
-  for (int g = 0; g < groups; ++g) lr[g] = (g % 5 + 1) / 1024.0;
+  auto* wide = static_cast<double*>(allocate(groups * sizeof(double)));
+  auto* narrow = static_cast<float*>(allocate(groups * sizeof(float)));
+  std::vector<Rate> rates;  // float64, float32 or that of the hyper-parameters
+  for (int g = 0; g < groups; ++g) {
+    wide[g] = narrow[g] = (g % 5 + 1) / 1024.0f;
+    rates.push_back(g % 3 == 0 ? Rate{wide + g, 8} : g % 3 == 1 ? Rate{narrow + g, 4} : Rate{});
+  }
   const double scale = 0.5;
   auto* sq_norms = static_cast<double*>(allocate(groups * sizeof(double)));
   const Along along{std::max(Base::states - 1, 0), list.ascent.data(), groups, sq_norms};
@@ -339,14 +344,14 @@ void descend(const List& list, int index) {
         for (int64_t i = 0; i < row.numel; ++i) states[k].back().push_back(get(row.dtype, row.state[k], i));
       }
     for (const Row& row : table) counts.push_back(row.step ? *row.step : 0);
-    cuda_backend.restore_step(queue, table, index, reinterpret_cast<const double*>(rows.data()), lr,
+    cuda_backend.restore_step(queue, table, index, reinterpret_cast<const double*>(rows.data()), rates.data(),
                               device({static_cast<float>(scale)}), device({skip}), Base::states ? &along : nullptr);
     if (Base::states) expect_sq_norms(sq_norms, along_state(table, along.state), list.ascent, "norm along a state");
     for (size_t r = 0; r < table.size(); ++r) {
       const Row& row = table[r];
       if (row.step) expect(*row.step == counts[r] + (skip == 0), "step", r, 0);
       typename Base::Hyper h = hyper;
-      h.lr = lr[row.group];
+      if (row.group % 3 != 2) h.lr = wide[row.group];
       const typename Base::template Update<Wide> update(h, typename Base::Step(h, counts[r] + 1), scale);
       for (int64_t i = 0; i < row.numel; ++i) {
         Wide w = row.backup ? from[r][i] : before[r][i], state[kMaxStates] = {};
@@ -392,8 +397,9 @@ size_t launches_for(int tensors) {
   for (int b = 0; b < static_cast<int>(std::tuple_size_v<Bases>); ++b)
     with_base(b, [&]<class Base>(Base) {
       const auto hyper = hyper_of<Base>();
+      const Rate rate;
       if (std::string(Base::name) == "adam")
-        cuda_backend.restore_step(queue, list.table, b, reinterpret_cast<const double*>(&hyper), nullptr, nullptr,
+        cuda_backend.restore_step(queue, list.table, b, reinterpret_cast<const double*>(&hyper), &rate, nullptr,
                                   nullptr, nullptr);
     });
   return emulation::launches - before;

@@ -147,7 +147,11 @@ void run(const std::string& mode, const std::string& name, const List& list) {
   const auto& groups = list.ascent;
   const int64_t n_groups = static_cast<int64_t>(groups.size());
   auto *sq_norms = device<double>(n_groups), *norm = device<double>(1), *total = device<double>(2);
-  auto *out = device<double>(3), *lr = device<double>(n_groups);
+  auto* out = device<double>(3);
+  const std::vector<Rate> none(n_groups);
+  std::vector<Rate> rates;
+  for (int64_t g = 0; g < n_groups; ++g)
+    rates.push_back(g % 2 == 0 ? Rate{device<double>(1), 8} : Rate{device<float>(1), 4});
   auto *grad_scale = device<float>(1), *found_inf = device<float>(1);
   run(mode, name + ": grad_sq_norm", [&](const Backend& backend, const Queue& queue) {
     backend.grad_sq_norm(queue, table, groups.data(), n_groups, sq_norms);
@@ -168,15 +172,15 @@ void run(const std::string& mode, const std::string& name, const List& list) {
       for (size_t i = 0; i < hyper.size(); ++i) hyper[i] = 0.001 * static_cast<double>(i + 1);
       const std::string step = name + ": restore_step " + Base::name;
       run(mode, step, [&](const Backend& backend, const Queue& queue) {
-        backend.restore_step(queue, table, b, hyper.data(), nullptr, nullptr, nullptr, nullptr);
+        backend.restore_step(queue, table, b, hyper.data(), none.data(), nullptr, nullptr, nullptr);
       });
       run(mode, step + ", scaled", [&](const Backend& backend, const Queue& queue) {
-        backend.restore_step(queue, some, b, hyper.data(), lr, grad_scale, found_inf, nullptr);
+        backend.restore_step(queue, some, b, hyper.data(), rates.data(), grad_scale, found_inf, nullptr);
       });
       const Along along{Base::states - 1, groups.data(), n_groups, sq_norms};
       if (Base::states > 0)
         run(mode, step + ", along", [&](const Backend& backend, const Queue& queue) {
-          backend.restore_step(queue, table, b, hyper.data(), lr, grad_scale, found_inf, &along);
+          backend.restore_step(queue, table, b, hyper.data(), rates.data(), grad_scale, found_inf, &along);
         });
     });
 }
