@@ -21,7 +21,8 @@ test: $(VENV)/.with-test
 test-fast: $(VENV)/.with-test
 	$(PYTEST) -m 'not slow'
 
-# Some ten minutes on two cores; leave the machine alone meanwhile. It fails, after all three, if one was disturbed.
+# Some twelve minutes on two cores, more where cells are measured anew; leave the machine alone meanwhile. It fails,
+# after all three, if one was disturbed all the same.
 bench: $(VENV)/.with-bench
 	failed=0; for what in step training scaling; do \
 	  $(BIN)/python -m benchmarks.speed.$$what --out $(RESULTS) || failed=1; \

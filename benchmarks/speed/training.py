@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train
-from sam_fused import FusedSAM
+from sam_fused import FusedSAM, norm_only
 
 from ..tables import table
 from . import timing
@@ -58,7 +58,8 @@ def variants(arch: str, width: int) -> dict[str, Callable[[], object]]:
         s = train.settle(train.parse([*flags, *more]))
         parts = train.build(s)
         if s.method == "sam":
-            opt = FusedSAM(params, lr=s.lr, rho=s.rho, scaler=parts.scaler)
+            groups = norm_only(model, rho=s.rho) if s.norm_only else params
+            opt = FusedSAM(groups, lr=s.lr, rho=s.rho, lean_ascent=s.norm_only, scaler=parts.scaler)
             parts = dataclasses.replace(parts, model=model, net=model, optimizer=opt)
         return lambda: [train.train_step(s, parts, x, y, i) for i in range(steps)]
 
@@ -70,6 +71,7 @@ def variants(arch: str, width: int) -> dict[str, Callable[[], object]]:
         "FusedSAM": ours(),
         "FusedMSAM": ours("--method", "msam"),
         "FusedSAM, --ascent-fraction 0.25": ours("--ascent-fraction", "0.25"),
+        "FusedSAM, --norm-only": ours("--norm-only"),
         "FusedSAM, --sam-every 2": ours("--sam-every", "2", steps=2),
     }
 

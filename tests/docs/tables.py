@@ -126,6 +126,7 @@ STEPS = {
     "FusedMSAM": "FusedMSAM",
     "FusedSAM": "FusedSAM",
     "FusedSAM, --ascent-fraction 0.25": "FusedSAM, `--ascent-fraction 0.25`",
+    "FusedSAM, --norm-only": "FusedSAM, `--norm-only`",
     "FusedSAM, --sam-every 2": "FusedSAM, `--sam-every 2`",
     "davda54/sam": "davda54/sam",
     "pytorch_optimizer SAM": "pytorch_optimizer SAM",

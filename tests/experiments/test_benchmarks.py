@@ -201,7 +201,7 @@ def test_training(tmp_path):
     flags = ["--rounds", "2", "--archs", "vgg16", "--widths", "2"]
     printed, said = run("training", "--out", str(tmp_path), *flags, status=1)
     network = json.loads((tmp_path / "train.json").read_text())["networks"][0]
-    assert {"FusedSAM", "FusedMSAM", "FusedSAM, --ascent-fraction 0.25"} <= network["ms"].keys()
+    assert {"FusedSAM", "FusedMSAM", "FusedSAM, --norm-only"} <= network["ms"].keys()
     assert "torchvision transforms, DataLoader" in printed
     assert "2 of 2 cells were disturbed" in said
 
