@@ -48,7 +48,7 @@ def launches_of(base: str, tensors: int, large: bool = True) -> int:
     ``large``: the driver is of CUDA 12.1 or later, which takes large arguments.
     """
     update = update_of(base)
-    prepare = math.ceil(tensors / ((SMALL - OTHER - 16 * 8 * len(update.hyper)) // 16))
+    prepare = math.ceil(tensors / ((SMALL - OTHER - 16 * (8 * len(update.hyper) + 16)) // 16))
     norm = batches(tensors, entry_bytes(2, True), large) + 2  # the sums over chunks, their sum, the sharpness
     perturb, descent = entry_bytes(3, True), entry_bytes(3 + len(update.state), False)
     return norm + batches(tensors, perturb, large) + prepare + batches(tensors, descent, large)
