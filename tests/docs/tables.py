@@ -249,6 +249,10 @@ def noise() -> list[str]:
     return lines[first:last]
 
 
+def rounding() -> list[str]:
+    return (RESULTS / "rounding" / "rounding.md").read_text().splitlines()
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "step": step,
     "step-short": step_short,
@@ -262,6 +266,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "sharpness-ratio": sharpness_ratio,
     "gpu": gpu,
     "noise": noise,
+    "rounding": rounding,
 }
 
 

@@ -1,13 +1,15 @@
-"""results/cpu-* and noise-*: complete, and their tables are what runs.jsonl.gz says."""
+"""results/cpu-*, noise-* and rounding: complete, and their tables are what the measurements beside them say."""
 
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 
 import pytest
+import torch
 
-from benchmarks.paper import noise, sharpness_study, table1
+from benchmarks.paper import noise, rounding, sharpness_study, table1
 from tests.helpers.paths import ROOT
 
 
@@ -34,3 +36,20 @@ def test_the_table_of_wrong_labels_is_rebuilt(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in committed.iterdir()}
     rows = [line for line in (tmp_path / "noise.md").read_text().splitlines() if line.startswith("| base |")]
     assert [row.split(" | ")[1] for row in rows[1:]] == ["| 5"] * 8
+
+
+def test_the_table_of_rounding_is_rebuilt():
+    committed = ROOT / "results" / "rounding"
+    content = json.loads((committed / "rounding.json").read_text())
+    assert len(content["cells"]) == len(rounding.ARCHS) * len(rounding.SEEDS) * len(rounding.STEPS) * len(rounding.RHOS)
+    assert rounding.markdown(content) == (committed / "rounding.md").read_text()
+
+
+def test_what_rounding_leaves():
+    """A perturbation that bfloat16 has in full, and one of a tenth of what it can tell apart."""
+    weights, grads = [torch.ones(40_000).bfloat16()], [torch.ones(40_000).bfloat16()]
+    whole = rounding.left(weights, grads, rho=2**-7 * 200)
+    assert whole == {"to nearest": 1.0, "stochastically": 1.0}
+    tenth = rounding.left(weights, grads, rho=2**-7 * 200 / 10)
+    assert tenth["to nearest"] == 0
+    assert 0.9 < tenth["stochastically"] < 1.1
