@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.paper.runs import NETWORKS, OPTIMIZERS
 from benchmarks.speed import timing
+from benchmarks.speed.workloads import SMALL
 from benchmarks.tables import table
 from tests.docs.pages import PAGES
 from tests.helpers.paths import ROOT
@@ -99,7 +100,7 @@ def step() -> list[str]:
     names = columns(cells[0]["ms"])
 
     def row(c: dict[str, Any]) -> list[Any]:
-        floor = f"{timing.median(c, 'FusedSAM') / c['floor_ms']:.2f}" if c["numel"] > 1e6 else ""
+        floor = f"{timing.median(c, 'FusedSAM') / c['floor_ms']:.2f}" if c["numel"] >= SMALL else ""
         return [size_of(c), c["threads"], timing.rounds(c), *times(c, names), floor]
 
     return table(["list", "threads", "n", *(COLUMNS[name] for name in names), "time / floor"], map(row, cells))
