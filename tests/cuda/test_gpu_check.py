@@ -133,7 +133,7 @@ def profiled(calls: list[list[str]]):
     return Profile
 
 
-@pytest.mark.parametrize(("driver", "many"), [(13000, 18), (12000, 68)])
+@pytest.mark.parametrize(("driver", "many"), [(13000, 19), (12000, 69)])
 def test_launches_are_calls_of_the_runtime(driver, many, modules, monkeypatch):
     def get_version(pointer) -> int:
         pointer._obj.value = driver
