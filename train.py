@@ -91,7 +91,11 @@ class Settings:
     dataset: str = option("cifar10", choices=["cifar10", "digits"], group="data")
     data: str | None = option(metavar="DIR", help="where CIFAR-10 is, or is to be downloaded to")
     train_size: int | None = option(type=count, metavar="N", help="a seeded, class-balanced subset")
-    eval_size: int | None = option(type=count, metavar="N", help="test on a fixed subset in all epochs but the last")
+    eval_size: int | None = option(
+        type=number(int, zero=True),
+        metavar="N",
+        help="test on N fixed images in all epochs but the last; 0: not at all",
+    )
     holdout: int | None = option(type=count, metavar="N", help="test on N fixed training images, not trained on")
     validate: int | None = option(type=count, metavar="N", help="measure also on N training images, not trained on")
     label_noise: float = option(
@@ -596,8 +600,11 @@ def train(
     torch.set_num_threads(s.threads)
     out = Path(s.out)
     checkpoint, splits = rank_0_first(lambda: (open_run(s, resume), load_data(s)))
-    train_split, test_split = splits["train"], splits["test"]
-    test_subset = test_split if s.eval_size is None else divide(test_split, s.eval_size, 0, "--eval-size")[0]
+    train_split, before_last = splits["train"], dict(splits)
+    if s.eval_size == 0:
+        del before_last["test"]
+    elif s.eval_size:
+        before_last["test"], _ = divide(splits["test"], s.eval_size, 0, "--eval-size")
     normalize = Normalize(train_split.images)
     torch.manual_seed(s.seed)  # of the network; the order of the images and their augmentation have a generator
     generator = torch.Generator(s.device).manual_seed(s.seed)
@@ -628,7 +635,7 @@ def train(
         last = epoch == s.epochs
         if last and s.method == "msam":  # until here BatchNorm's statistics are of the perturbed weights
             torch.optim.swa_utils.update_bn(map(normalize, train_split.images.split(500)), parts.model)
-        metrics[-1] |= measure(parts.model, {**splits, "test": test_split if last else test_subset}, normalize)
+        metrics[-1] |= measure(parts.model, splits if last else before_last, normalize)
         metrics[-1]["seconds"] = time.perf_counter() - start
         states = {name: part.state_dict() for name, part in parts.kept().items()}
         save(out / "checkpoint.pt", {**states, "random": {"data": generator.get_state()}, "metrics": metrics})

@@ -22,9 +22,17 @@ from typing import Any
 
 import train
 
-OPTIMIZERS = {"sgd": "SGD", "sgd+sam": "SGD + SAM", "adam": "Adam", "adam+sam": "Adam + SAM"}
+OPTIMIZERS = {
+    "sgd": "SGD",
+    "sgd+sam": "SGD + SAM",
+    "sgd+msam": "SGD + Momentum-SAM",
+    "adam": "Adam",
+    "adam+sam": "Adam + SAM",
+    "adam+msam": "Adam + Momentum-SAM",
+}
 NETWORKS = {"resnet18": "ResNet18", "vgg16": "VGG16"}
-STYLE = {"sgd": "C0--", "sgd+sam": "C0-", "adam": "C1--", "adam+sam": "C1-"}  # of an optimizer's curves
+# Of an optimizer's curves.
+STYLE = {"sgd": "C0--", "sgd+sam": "C0-", "sgd+msam": "C0:", "adam": "C1--", "adam+sam": "C1-", "adam+msam": "C1:"}
 GRID = "grid/"  # the names of runs that something is chosen by begin with it
 PACKED = "runs.jsonl.gz"
 
@@ -48,7 +56,8 @@ class Result:
 
     @property
     def cell(self) -> tuple[str, str]:
-        return self.settings["arch"], self.settings["base"] + ("+sam" if self.settings["rho"] else "")
+        method = "+" + self.settings.get("method", "sam") if self.settings["rho"] else ""
+        return self.settings["arch"], self.settings["base"] + method
 
     @property
     def in_grid(self) -> bool:

@@ -2,11 +2,16 @@
 
     python -m benchmarks.paper.table1 --preset paper --recipe paper-text --data DIR --device cuda --out runs/paper-text
     python -m benchmarks.paper.table1 --preset cpu --recipe fair --data DIR --threads 1 --out runs/cpu-fair
+    python -m benchmarks.paper.table1 --preset large --recipe fair --data DIR --threads 1 --out runs/large-fair
     python -m benchmarks.paper.table1 ... --dry-run                          # what is done, and how long the rest takes
     python -m benchmarks.paper.table1 --report-only --out results/cpu-fair   # the table and figures of what --out holds
 
 Recipes paper-text and paper-code are train.py's. fair is paper-text with each base's learning rate, and then each rho,
 chosen for each network on a held-out part of the training set, from the grids that are printed with the table.
+
+Preset large has Momentum-SAM beside the paper's rows, trains in bfloat16, tests after the last epoch only, and shows
+the accuracy on held-out images by epoch. It chooses on a shorter schedule, and extends a grid while its best value is
+at its edge.
 
 The same command goes on with a sweep that was cut (see sweep.py). Several processes that share --out, with --threads 1
 each, get more out of a CPU than one with more threads, at small widths. Writes table1.md, table1.csv, figure1.png and
@@ -27,8 +32,8 @@ import torch
 
 import train
 
-from .runs import GRID, NETWORKS, Result, read_packed
-from .sweep import Run, sweep
+from .runs import GRID, NETWORKS, read_packed
+from .sweep import Run, search, sweep
 from .table1_report import report
 
 # ---- what is run ----
@@ -40,7 +45,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 128,
         "train_size": None,
         "eval_size": None,
+        "validate": None,
         "holdout": 5000,
+        "grid_epochs": None,  # as many as the table's runs have
+        "extend": 0,
+        "amp": None,
+        "methods": ["base", "sam"],
     },
     "cpu": {
         "width": {"resnet18": 8, "vgg16": 16},  # a pass costs about the same
@@ -48,39 +58,36 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 128,
         "train_size": 1000,
         "eval_size": 500,
+        "validate": None,
         "holdout": 5000,
+        "grid_epochs": None,
+        "extend": 0,
+        "amp": None,
+        "methods": ["base", "sam"],
+    },
+    "large": {
+        "width": {"resnet18": 16, "vgg16": 16},
+        "epochs": 60,
+        "batch_size": 128,
+        "train_size": 10_000,
+        "eval_size": 0,
+        "validate": 2000,
+        "holdout": 2000,
+        "grid_epochs": 20,
+        "extend": 3,
+        "amp": "bf16",
+        "methods": ["base", "sam", "msam"],
     },
 }
+NUMBERS = [name for name, value in PRESETS["large"].items() if isinstance(value, int | dict)]  # that are flags too
 
-# The fair recipe's grids, in the order of choosing: the paper's value, a third of it and three times it. Their seed is
-# none of the table's.
-GRIDS = {
-    "lr": {"sgd": (0.03, 0.1, 0.3), "adam": (3e-4, 1e-3, 3e-3)},
-    "rho": {"sgd": (0.015, 0.05, 0.15), "adam": (0.015, 0.05, 0.15)},
-}
+METHODS: dict[str, dict[str, Any]] = {"base": {"rho": 0}, "sam": {}, "msam": {"method": "msam"}}
+
+# The fair recipe's grids, on the ladder of sweep.step_of: the learning rates, and twice the rhos. The paper's value, or
+# for Momentum-SAM ten times that, a third of it and three times it. Their seed is none of the table's.
+LEARNING_RATES = {"sgd": (-3, -1), "adam": (-7, -5)}
+RHOS = {"sam": (-3, -1), "msam": (-1, 1)}
 GRID_SEED = 100
-
-
-def make_run(args: argparse.Namespace, packed: dict[str, Result], name: str, **flags: Any) -> Run:
-    shared = ("dataset", "data", "device", "threads", "amp", "compile", "keep_every", *PRESETS["paper"])
-    flags = {**{k: getattr(args, k) for k in shared}, "holdout": None, **flags}
-    if isinstance(flags["width"], dict):
-        flags["width"] = flags["width"][flags["arch"]]
-    flags["recipe"] = "paper-text" if args.recipe == "fair" else args.recipe
-    return Run.of(args.out, name, packed, flags)
-
-
-def best(runs: list[Run]) -> train.Settings:
-    """The settings of the run with the highest accuracy in the last epoch, of those the one with the lowest loss."""
-    finished = [run for run in runs if run.finished() and run.result().failed is None]
-    if not finished:
-        raise train.RunError(f"no run of the grid came to an end: {', '.join(run.name for run in runs)}")
-
-    def score(run: Run) -> tuple[float, float]:
-        last = run.result().metrics[-1]
-        return last["test_acc"], -last["test_loss"]
-
-    return max(finished, key=score).settings
 
 
 def plan(args: argparse.Namespace) -> list[list[Run]]:
@@ -88,50 +95,62 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
 
     Neighbours cost about the same, so that processes that share a sweep end together.
     """
-    pairs = [(arch, base) for arch in args.archs for base in args.bases]
-    chosen: dict[tuple[str, str], dict[str, float]] = {pair: {} for pair in pairs}
-    stages: list[list[Run]] = []
     packed = read_packed(args.out)
-    ready = args.recipe == "fair"
-    for option, values in GRIDS.items() if ready else ():
-        grid = {
-            (arch, base): [
-                make_run(
-                    args,
-                    packed,
-                    f"{GRID}{arch}-{base}{'+sam' if option == 'rho' else ''}-{option}{value:g}",
-                    arch=arch,
-                    base=base,
-                    seed=GRID_SEED,
-                    holdout=args.holdout,
-                    **{"rho": 0, **chosen[arch, base], option: value},
-                )
-                for value in values[base]
-            ]
-            for arch, base in pairs
-        }
-        stages.append([run for runs in grid.values() for run in runs])
-        ready = ready and all(run.finished() for run in stages[-1])
-        for pair, runs in grid.items() if ready else ():
-            chosen[pair][option] = getattr(best(runs), option)
-    stages.append(
-        [
-            make_run(
-                args,
-                packed,
-                f"{arch}-{base}{'+sam' if sam else ''}-{seed}",
-                arch=arch,
-                base=base,
-                seed=seed,
-                **{**chosen[arch, base], **({} if sam else {"rho": 0})},
+    pairs = [(arch, base) for arch in args.archs for base in args.bases]
+
+    def run(arch: str, base: str, method: str, suffix: str, prefix: str = "", **flags: Any) -> Run:
+        shared = ("dataset", "data", "device", "threads", "amp", "compile", "keep_every", *NUMBERS)
+        given = {k: getattr(args, k) for k in shared}
+        given |= {"arch": arch, "base": base, "holdout": None, **METHODS[method], **flags}
+        del given["grid_epochs"], given["extend"]
+        if isinstance(given["width"], dict):
+            given["width"] = given["width"][arch]
+        given["recipe"] = "paper-text" if args.recipe == "fair" else args.recipe
+        name = f"{prefix}{arch}-{base}{'' if method == 'base' else '+' + method}-{suffix}"
+        return Run.of(args.out, name, packed, given)
+
+    grid = {
+        "prefix": GRID,
+        "seed": GRID_SEED,
+        "holdout": args.holdout,
+        "validate": None,
+        "epochs": args.grid_epochs or args.epochs,
+    }
+    chosen: dict[tuple[str, str, str], dict[str, float]] = {}
+    rates: list[Run] = []
+    rhos: list[Run] = []
+    for arch, base in pairs if args.recipe == "fair" else ():
+        runs, lr = search(
+            lambda value, arch=arch, base=base: run(arch, base, "base", f"lr{value:g}", **grid, lr=value),
+            *LEARNING_RATES[base],
+            key="test_acc",  # of the held-out images
+            extend=args.extend,
+        )
+        rates += runs
+        at = {} if lr is None else {"lr": lr}
+        for method in args.methods:
+            chosen[arch, base, method] = at
+            if method not in RHOS:
+                continue
+            runs, twice = search(
+                lambda value, arch=arch, base=base, method=method, at=at: run(
+                    arch, base, method, f"rho{value / 2:g}", **grid, **at, rho=value / 2
+                ),
+                *RHOS[method],
+                key="test_acc",
+                extend=args.extend,
             )
-            for seed in args.seeds
-            for arch in args.archs
-            for sam in (False, True)
-            for base in args.bases
-        ]
-    )
-    return stages
+            rhos += runs
+            if twice is not None:
+                chosen[arch, base, method] = {**at, "rho": twice / 2}
+    last = [
+        run(arch, base, method, f"{seed}", seed=seed, **chosen.get((arch, base, method), {}))
+        for seed in args.seeds
+        for arch in args.archs
+        for method in args.methods
+        for base in args.bases
+    ]
+    return [rates, rhos, last] if rates else [last]
 
 
 # ---- what it would take ----
@@ -161,18 +180,19 @@ def seconds_of(s: train.Settings) -> tuple[float, float]:
 
 def dry_run(args: argparse.Namespace) -> None:
     stages = plan(args)
-    measured: dict[tuple[str, bool], tuple[float, float]] = {}
+    measured: dict[tuple[str, str, bool], tuple[float, float]] = {}
     total = left = 0.0
     for i, stage in enumerate(stages):
         decided = i == 0 or all(run.finished() for run in stages[i - 1])
         for run in stage:
             s, held = run.settings, run.result()
-            key = (s.arch, s.rho > 0)
+            key = (s.arch, s.method, s.rho > 0)
             if key not in measured:
                 measured[key] = seconds_of(s)
             step, test = measured[key]
             steps = math.ceil((s.train_size or 50_000) / s.batch_size)
-            seconds = s.epochs * (steps * step + (s.eval_size or s.holdout or 10_000) * test)
+            tested = (s.holdout or 10_000) if s.eval_size is None else s.eval_size
+            seconds = s.epochs * (steps * step + (tested + (s.validate or 0)) * test)
             rest = 1 - run.work_done()
             total, left = total + seconds, left + seconds * rest
             part = f"{len(held.metrics)} of {s.epochs} epochs"
@@ -200,6 +220,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/PRESET-RECIPE")
     p.add_argument("--archs", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     p.add_argument("--bases", nargs="+", choices=["sgd", "adam"], default=["sgd", "adam"])
+    p.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: the preset's")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     g = p.add_argument_group("as in train.py; without them, the preset's")
     g.add_argument("--dataset", default="cifar10")
@@ -209,7 +230,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--amp", choices=sorted(train.AMP))
     g.add_argument("--compile", action="store_true")
     g.add_argument("--keep-every", type=int, metavar="K")
-    for name in PRESETS["paper"]:
+    for name in NUMBERS:
         g.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
     args = p.parse_args(argv)
     for name, value in PRESETS[args.preset].items():

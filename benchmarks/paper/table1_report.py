@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from scipy.stats import t as student
 
 import train
 
-from ..plots import band, figure, legend_above, log_scale
+from ..plots import band, figure, legend_above, log_scale, plt
 from ..tables import table
 from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, of_network, read_runs
 
@@ -53,7 +55,10 @@ class Cell:
 
 
 def cells_of(results: list[Result]) -> dict[tuple[str, str], Cell]:
-    cells = {(arch, optimizer): Cell(arch, optimizer, {}) for arch in NETWORKS for optimizer in OPTIMIZERS}
+    """The paper's, and others that there are runs of."""
+    found = {r.cell[1] for r in results}
+    optimizers = [o for o in OPTIMIZERS if ("vgg16", o) in PAPER or o in found]
+    cells = {(arch, optimizer): Cell(arch, optimizer, {}) for arch in NETWORKS for optimizer in optimizers}
     for r in results:
         if r.finished and r.cell in cells:
             cells[r.cell].by_seed[r.settings["seed"]] = 100 * r.metrics[-1]["test_acc"]
@@ -100,6 +105,10 @@ def header(results: list[Result], recipe: str) -> list[str]:
     widths = {r.settings["arch"]: f"{r.settings['width']} ({NETWORKS[r.settings['arch']]})" for r in results}
     size = "all" if s["train_size"] is None else f"{s['train_size']:,}"
     tested = ", all but the last epoch tested on a fixed subset" if s["eval_size"] else ""
+    if s.get("validate"):
+        tested += f", {s['validate']:,} images held out for the accuracy by epoch, tested after the last epoch only"
+    if s.get("amp"):
+        tested += f", {s['amp']} autocast"
     return [
         f"# Table I, recipe {recipe}",
         "",
@@ -113,23 +122,36 @@ def header(results: list[Result], recipe: str) -> list[str]:
 
 
 def accuracy_rows(cells: dict[tuple[str, str], Cell]) -> Iterator[list[str]]:
-    for optimizer, name in OPTIMIZERS.items():
-        row = [name]
+    for optimizer in dict.fromkeys(optimizer for _, optimizer in cells):
+        row = [OPTIMIZERS[optimizer]]
         for arch in NETWORKS:
-            cell = cells[arch, optimizer]
-            paper, here = plus_minus(*PAPER[arch, optimizer], 3), plus_minus(cell.mean, cell.deviation, 2)
-            row += [paper, here, str(len(cell.by_seed))]
+            cell, paper = cells[arch, optimizer], PAPER.get((arch, optimizer), (None, None))
+            row += [plus_minus(*paper, 3), plus_minus(cell.mean, cell.deviation, 2), str(len(cell.by_seed))]
         yield row
 
 
+def base_of(optimizer: str) -> str:
+    return optimizer.partition("+")[0]
+
+
+def claimed(arch: str, optimizer: str) -> float | None:
+    """What the paper says that it adds to its base, in percentage points."""
+    if (arch, optimizer) not in PAPER:
+        return None
+    return PAPER[arch, optimizer][0] - PAPER[arch, base_of(optimizer)][0]
+
+
 def difference_rows(cells: dict[tuple[str, str], Cell]) -> Iterator[list[str]]:
-    for arch, network in NETWORKS.items():
-        for base in ("sgd", "adam"):
-            claimed = PAPER[arch, f"{base}+sam"][0] - PAPER[arch, base][0]
-            n, mean, interval = paired(cells[arch, base], cells[arch, f"{base}+sam"])
-            here = "-" if mean is None else f"{mean:+.2f}"
-            between = "-" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
-            yield [network, OPTIMIZERS[base], f"{claimed:+.3f}", here, between, str(n)]
+    for (arch, optimizer), cell in cells.items():
+        base = base_of(optimizer)
+        if base == optimizer:
+            continue
+        paper = claimed(arch, optimizer)
+        n, mean, interval = paired(cells[arch, base], cell)
+        there = "-" if paper is None else f"{paper:+.3f}"
+        here = "-" if mean is None else f"{mean:+.2f}"
+        between = "-" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
+        yield [NETWORKS[arch], OPTIMIZERS[optimizer], there, here, between, str(n)]
 
 
 def last_epoch_rows(results: list[Result], common_rho: float) -> Iterator[list[str]]:
@@ -138,9 +160,10 @@ def last_epoch_rows(results: list[Result], common_rho: float) -> Iterator[list[s
         loss, accuracy, test_loss = (
             statistics.mean(r.metrics[-1][key] for r in runs) for key in ("train_loss", "train_acc", "test_loss")
         )
-        sharpness = statistics.mean(r.sharpness(common_rho)[-1] for r in runs)
+        sharpness = statistics.mean(r.sharpness(common_rho)[-1] for r in runs)  # nan: not recorded
         rho = f"{s['rho']:g}" + (" (ASAM)" if s["adaptive"] else "") if s["rho"] else "-"
-        numbers = [f"{s['lr']:g}", rho, f"{loss:.3f}", f"{accuracy:.1%}", f"{test_loss:.3f}", f"{sharpness:.4f}"]
+        numbers = [f"{s['lr']:g}", rho, f"{loss:.3f}", f"{accuracy:.1%}", f"{test_loss:.3f}"]
+        numbers.append("-" if math.isnan(sharpness) else f"{sharpness:.4f}")
         yield [NETWORKS[arch], OPTIMIZERS[optimizer], *numbers]
 
 
@@ -177,45 +200,72 @@ def comma_separated(results: list[Result]) -> str:
     cells = cells_of(results)
     for (arch, optimizer), cell in cells.items():
         difference: list[Any] = [None] * 4
-        if optimizer.endswith("+sam"):
-            base = optimizer.removesuffix("+sam")
+        base = base_of(optimizer)
+        if base != optimizer:
+            paper = claimed(arch, optimizer)
             _, mean, interval = paired(cells[arch, base], cell)
-            claimed = PAPER[arch, optimizer][0] - PAPER[arch, base][0]
-            difference = [round(claimed, 3), mean, *(interval or (None, None))]
-        writer.writerow(
-            [arch, optimizer, *PAPER[arch, optimizer], cell.mean, cell.deviation, len(cell.by_seed), *difference]
-        )
+            difference = [None if paper is None else round(paper, 3), mean, *(interval or (None, None))]
+        there = PAPER.get((arch, optimizer), (None, None))
+        writer.writerow([arch, optimizer, *there, cell.mean, cell.deviation, len(cell.by_seed), *difference])
     return text.getvalue()
 
 
 # ---- the figures ----
 
 
-def draw(results: list[Result], path: Path, key: str, ylabel: str, rho: float) -> None:
-    cells = by_cell(r for r in results if r.metrics)
+def accuracies(r: Result) -> tuple[list[float], float | None]:
+    """In %: by epoch, and where the last epoch is tested on other images than those before it, of that apart."""
+    if r.settings.get("validate"):
+        by_epoch = [100 * m["val_acc"] for m in r.metrics]
+    else:
+        by_epoch = [100 * m["test_acc"] for m in r.metrics]
+        if not r.settings["eval_size"]:
+            return by_epoch, None
+    if not r.finished:
+        return by_epoch, None
+    return by_epoch if r.settings.get("validate") else by_epoch[:-1], 100 * r.metrics[-1]["test_acc"]
+
+
+@contextmanager
+def network_panels(path: Path, ylabel: str) -> Iterator[Iterator[tuple[plt.Axes, str]]]:
+    """A panel for each network, and the network's name in the settings."""
     with figure(path, 1, len(NETWORKS), size=(11, 4.2), dpi=110) as (drawn, panels):
-        for axes, (arch, network) in zip(panels, NETWORKS.items(), strict=True):
-            for optimizer, runs in of_network(cells, arch):
-                if key == "sharpness":
-                    curves = [r.sharpness(rho) for r in runs]
-                else:
-                    curves = [[100 * m[key] for m in r.metrics] for r in runs]
-                if key == "test_acc" and runs[0].settings["eval_size"]:  # the last epoch is of other images: a point
-                    lasts = [c[-1] for c, r in zip(curves, runs, strict=True) if r.finished]
-                    curves = [c[:-1] if r.finished else c for c, r in zip(curves, runs, strict=True)]
-                    if lasts:
-                        spread = statistics.stdev(lasts) if len(lasts) > 1 else 0
-                        color = STYLE[optimizer][:2]
-                        face = color if optimizer.endswith("+sam") else "white"
-                        point = {"fmt": "o", "color": color, "mfc": face, "capsize": 3}
-                        axes.errorbar(runs[0].settings["epochs"], statistics.mean(lasts), spread, **point)
-                if any(curves):
-                    band(axes, curves, STYLE[optimizer], OPTIMIZERS[optimizer])
+        yield zip(panels, NETWORKS, strict=True)
+        for axes, network in zip(panels, NETWORKS.values(), strict=True):
             axes.set(xlabel="epoch", ylabel=ylabel, title=network)
-            if key == "sharpness":
-                log_scale(axes)
             axes.grid(alpha=0.3)
         legend_above(drawn)
+
+
+def draw_accuracy(results: list[Result], path: Path) -> None:
+    """Curves, and points for the test set where that is seen at the end only."""
+    cells = by_cell(r for r in results if r.metrics)
+    apart = any(accuracies(r)[1] is not None for r in results)
+    held_out = apart and any(r.settings.get("validate") for r in results)
+    ylabel = "accuracy on held-out images" if held_out else "test accuracy"
+    with network_panels(path, ylabel + (", %; points: whole test set" if apart else ", %")) as panels:
+        for axes, arch in panels:
+            for optimizer, runs in of_network(cells, arch):
+                curves, lasts = zip(*map(accuracies, runs), strict=True)
+                if any(curves):
+                    band(axes, curves, STYLE[optimizer], OPTIMIZERS[optimizer])
+                tested = [last for last in lasts if last is not None]
+                if tested:
+                    spread = statistics.stdev(tested) if len(tested) > 1 else 0
+                    color, line = STYLE[optimizer][:2], STYLE[optimizer][2:]
+                    point = {"fmt": "o", "color": color, "mfc": color if line == "-" else "white", "capsize": 3}
+                    axes.errorbar(runs[0].settings["epochs"], statistics.mean(tested), spread, **point)
+
+
+def draw_sharpness(results: list[Result], path: Path, rho: float) -> None:
+    cells = by_cell(r for r in results if r.metrics)
+    with network_panels(path, f"sharpness of a batch at rho = {rho:g}") as panels:
+        for axes, arch in panels:
+            for optimizer, runs in of_network(cells, arch):
+                curves = [r.sharpness(rho) for r in runs]
+                if not math.isnan(curves[0][0]):
+                    band(axes, curves, STYLE[optimizer], OPTIMIZERS[optimizer])
+            log_scale(axes)
 
 
 def report(out: Path) -> str:
@@ -229,6 +279,6 @@ def report(out: Path) -> str:
     text = markdown(results, grid, recipe, rho)
     train.save(out / "table1.md", text)
     train.save(out / "table1.csv", comma_separated(results))
-    draw(results, out / "figure1.png", "test_acc", "test accuracy, %", rho)
-    draw(results, out / "figure2.png", "sharpness", f"sharpness of a batch at rho = {rho:g}", rho)
+    draw_accuracy(results, out / "figure1.png")
+    draw_sharpness(results, out / "figure2.png", rho)
     return text

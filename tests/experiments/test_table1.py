@@ -52,6 +52,48 @@ def test_a_whole_sweep(trained, tmp_path, capsys):
     assert (tmp_path / "figure2.png").stat().st_size > 1000
 
 
+def test_the_large_preset(trained, tmp_path, monkeypatch):
+    """Momentum-SAM beside SAM, the test set seen once, and a grid that grows while its best value is at its edge."""
+    flags = ["--preset", "large", "--recipe", "fair", *SMALL, "--eval-size", "0", "--validate", "40"]
+    flags += ["--seeds", "0", "1", "--epochs", "3", "--grid-epochs", "2", "--out", str(tmp_path)]
+    train = table1.train.train
+
+    def smallest_wins(s, **options):
+        metrics = train(s, **options)
+        if s.holdout:
+            value = s.rho or s.lr
+            metrics[-1]["test_acc"] = 1 / (1 + value) if value >= 1e-4 else 0.0
+            table1.train.write_metrics(Path(s.out), metrics)
+        return metrics
+
+    monkeypatch.setattr(table1.train, "train", smallest_wins)
+    assert table1.main(flags) == 0
+    lr, sam, msam = ("vgg16-adam-lr", "vgg16-adam+sam-rho", "vgg16-adam+msam-rho")
+    values = {
+        name: sorted(float(x.removeprefix(name)) for x in trained if x.startswith(name)) for name in (lr, sam, msam)
+    }
+    assert values[lr] == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+    assert values[sam] == [0.0005, 0.0015, 0.005, 0.015, 0.05, 0.15]  # three steps down, and no more
+    assert values[msam] == [0.005, 0.015, 0.05, 0.15, 0.5, 1.5]
+    results = {r.name: r for r in runs.read_runs(tmp_path)}
+    for optimizer, rho in (("adam", 0), ("adam+sam", 0.0005), ("adam+msam", 0.005)):
+        for seed in (0, 1):
+            r = results[f"vgg16-{optimizer}-{seed}"]
+            assert (r.settings["lr"], r.settings["rho"], r.settings["amp"]) == (1e-4, rho, "bf16")
+            assert [("val_acc" in m, "test_acc" in m) for m in r.metrics] == [(True, False)] * 2 + [(True, True)]
+    grid = [r for r in results.values() if r.in_grid]
+    assert {(len(r.metrics), r.settings["holdout"], r.settings["seed"]) for r in grid} == {(2, 60, table1.GRID_SEED)}
+    rows = {(r["network"], r["optimizer"]): r for r in csv.DictReader((tmp_path / "table1.csv").open())}
+    row = rows["vgg16", "adam+msam"]
+    mine = [100 * results[f"vgg16-adam+msam-{seed}"].metrics[-1]["test_acc"] for seed in (0, 1)]
+    assert (row["n"], row["paper_mean"]) == ("2", "")
+    assert float(row["mean"]) == pytest.approx(sum(mine) / 2)
+    text = (tmp_path / "table1.md").read_text()
+    assert "| VGG16 | Adam + Momentum-SAM | - |" in text
+    assert "40 images held out for the accuracy by epoch, tested after the last epoch only, bf16 autocast" in text
+    assert "0.0005: " in text
+
+
 def test_finished_runs_are_skipped_also_without_their_checkpoint(trained, tmp_path, capsys):
     flags = [*SMALL, "--seeds", "0", "--out", str(tmp_path)]
     assert table1.main([*flags, "--max-runs", "1"]) == 0
