@@ -70,7 +70,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seeds": [0, 1, 2, 3, 4],
     },
     "cifar10": {
-        "flags": {"arch": "vgg16", "width": 16, "train_size": 10_000, "validate": 2000, "no_augment": True},
+        "flags": {
+            "arch": "vgg16",
+            "width": 16,
+            "amp": "bf16",
+            "train_size": 10_000,
+            "validate": 2000,
+            "no_augment": True,
+        },
         "epochs": 30,
         "noise": [0, 20, 40],
         "methods": ["base", "sam", "late", "msam"],

@@ -68,12 +68,13 @@ def measure(r: Result, args: argparse.Namespace) -> list[dict[str, Any]]:
     common = {"model": model, "batches": batches, "adaptive": adaptive}
     common["loss_fn"] = lambda logits, y: F.cross_entropy(logits, y, label_smoothing=s["label_smoothing"])
 
+    folder, last = args.runs / r.name, s["epochs"]
+    kept = {int(path.stem.removeprefix("weights-")): path for path in sorted(folder.glob("weights-*.pt"))}
+    if last not in kept:
+        raise train.RunError(f"{folder / f'weights-{last:04}.pt'} is not there: train with table1.py --keep-every K")
     rows = []
-    for epoch in [e for e in range(1, s["epochs"] + 1) if e == 1 or e % args.every == 0 or e == s["epochs"]]:
-        path = args.runs / r.name / f"weights-{epoch:04}.pt"
-        if not path.exists():
-            raise train.RunError(f"{path} is not there: train with table1.py --keep-every 1")
-        model.load_state_dict(torch.load(path, weights_only=True))
+    for epoch in [e for e in kept if e in (min(kept), last) or e % args.every == 0]:
+        model.load_state_dict(torch.load(kept[epoch], weights_only=True))
         row = {kind: measure_sharpness(**common, rho=rho, kind=kind).value for kind in KINDS[:2]}
         generator = torch.Generator().manual_seed(0)
         row["average"], row["standard_error"] = measure_sharpness(
@@ -263,7 +264,13 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--data", metavar="DIR", help="as in train.py")
     p.add_argument("--report-only", action="store_true", help="make the tables and figures of sharpness.json")
     p.add_argument("--images", type=int, default=512, metavar="N", help="that the loss is over")
-    p.add_argument("--every", type=int, default=6, metavar="K", help="measure the first, every K-th and the last epoch")
+    p.add_argument(
+        "--every",
+        type=int,
+        default=6,
+        metavar="K",
+        help="measure every K-th epoch, of those with weights the first and the last",
+    )
     p.add_argument("--directions", type=int, default=5, metavar="M", help="of the average")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = p.parse_args(argv)
