@@ -250,6 +250,14 @@ def noise() -> list[str]:
     return lines[first:last]
 
 
+def memorising() -> list[str]:
+    """The table of memorising.md, without the accuracies of the test set."""
+    lines = (RESULTS / "memorising" / "memorising.md").read_text().splitlines()
+    cells = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    shown = [i for i, title in enumerate(cells[0]) if title.strip() not in ("best", "last")]
+    return ["|" + "|".join(row[i] for i in shown) + "|" for row in cells]
+
+
 def rounding() -> list[str]:
     return (RESULTS / "rounding" / "rounding.md").read_text().splitlines()
 
@@ -267,6 +275,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "sharpness-ratio": sharpness_ratio,
     "gpu": gpu,
     "noise": noise,
+    "memorising": memorising,
     "rounding": rounding,
 }
 

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from benchmarks.paper import noise, rounding, sharpness_study, table1
+from benchmarks.paper import memorising, noise, rounding, runs, sharpness_study, table1
 from tests.helpers.paths import ROOT
 
 
@@ -36,6 +36,16 @@ def test_the_table_of_wrong_labels_is_rebuilt(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in committed.iterdir()}
     rows = [line for line in (tmp_path / "noise.md").read_text().splitlines() if line.startswith("| base |")]
     assert [row.split(" | ")[1] for row in rows[1:]] == ["| 5"] * 8
+
+
+def test_the_table_of_memorising_is_rebuilt(tmp_path):
+    committed = ROOT / "results" / "memorising"
+    shutil.copy(committed / "runs.jsonl.gz", tmp_path)
+    assert memorising.main(["--report-only", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "memorising.md").read_text() == (committed / "memorising.md").read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in committed.iterdir()}
+    cells = memorising.cells_of(runs.read_runs(tmp_path))
+    assert [len(of_cell) for of_cell in cells.values()] == [10] * 8
 
 
 def test_the_table_of_rounding_is_rebuilt():
