@@ -33,7 +33,7 @@ def copy_over(to: Around, source: Around) -> None:
                     to.state[p][key].copy_(value)
 
 
-def lockstep(groups, base, options, steps=30, skips=(), **sam):
+def lockstep(groups, base, options, steps=12, skips=(), **sam):
     """Run both over the same gradients; ``skips`` holds, in turn, the indices without a gradient in either pass."""
     flat = [p for g in groups for p in g["params"]]
     twins = iter(clones(flat))
