@@ -3,7 +3,7 @@
 // All that a kernel is told of its tensors travels by value in its arguments, so that nothing is copied to the device,
 // nothing waits, and a CUDA graph may capture the launches. A block works on one chunk of one tensor.
 // Contraction to fused multiply-adds is off (setup.py), as on the CPU. tests/cuda/emulation compiles this very file for
-// the CPU, where SAM_SHARED and launch() are its own.
+// the CPU, where SAM_SHARED, SAM_CONSTANT and launch() are its own.
 #include "backends.h"
 
 #include <algorithm>
@@ -37,6 +37,7 @@ constexpr size_t bytes_of() {
 #include <string>
 
 #define SAM_SHARED(T, name, n) __shared__ T name[n]
+#define SAM_CONSTANT(...) const __grid_constant__ __VA_ARGS__
 
 namespace sam {
 namespace {
@@ -265,7 +266,7 @@ using NormEntry = Entry<2, Ascent>;  // param, grad
 
 template <class T, int kBytes>
 __global__ void __launch_bounds__(kThreads)
-    norm_kernel(const __grid_constant__ Entries<NormEntry, kBytes> entries, double* partial) {
+    norm_kernel(SAM_CONSTANT(Entries<NormEntry, kBytes>) entries, double* partial) {
   SAM_SHARED(double, sums, kThreads / 32);
   const Share<NormEntry> share = share_of_block(entries);
   const T* w = share.template pointer<const T>(0);
@@ -283,7 +284,7 @@ struct Ranges {
 };
 
 __global__ void __launch_bounds__(kSumThreads)
-    sum_kernel(const __grid_constant__ Ranges ranges, const double* partial, double* sq_norms) {
+    sum_kernel(SAM_CONSTANT(Ranges) ranges, const double* partial, double* sq_norms) {
   SAM_SHARED(double, sums, kSumThreads / 32);
   const int end = ranges.begin[blockIdx.x + 1];
   double sum = 0;
@@ -301,7 +302,7 @@ struct Rhos {
 };
 
 // One thread. `out` holds the sums between the launches for many groups.
-__global__ void sharpness_kernel(const __grid_constant__ Rhos rhos, const double* sq_norms, const float* grad_scale,
+__global__ void sharpness_kernel(SAM_CONSTANT(Rhos) rhos, const double* sq_norms, const float* grad_scale,
                                  double* total, double* out) {
   Sharpness sharpness;
   if (!rhos.first) sharpness = {out[0], out[1]};
@@ -337,7 +338,7 @@ __device__ void perturb_elements(const Ascent& ascent, double norm, bool saved, 
 
 template <class T, int kBytes>
 __global__ void __launch_bounds__(kThreads)
-    perturb_kernel(const __grid_constant__ Entries<PerturbEntry, kBytes> entries, const double* norm, bool saved) {
+    perturb_kernel(SAM_CONSTANT(Entries<PerturbEntry, kBytes>) entries, const double* norm, bool saved) {
   const Share<PerturbEntry> share = share_of_block(entries);
   T* w = share.template pointer<T>(0);
   const T* g = share.template pointer<const T>(1);
@@ -354,8 +355,7 @@ __global__ void __launch_bounds__(kThreads)
 using RestoreEntry = Entry<2, Nothing>;  // param, backup
 
 template <class T, int kBytes>
-__global__ void __launch_bounds__(kThreads)
-    restore_kernel(const __grid_constant__ Entries<RestoreEntry, kBytes> entries) {
+__global__ void __launch_bounds__(kThreads) restore_kernel(SAM_CONSTANT(Entries<RestoreEntry, kBytes>) entries) {
   const Share<RestoreEntry> share = share_of_block(entries);
   copy_elements(share.size, share.template pointer<T>(0), share.template pointer<const T>(1));
 }
@@ -389,9 +389,8 @@ struct Preparation {
 
 // One thread a row: counts its step and makes its Update.
 template <class Base>
-__global__ void __launch_bounds__(kThreads)
-    prepare_kernel(const __grid_constant__ Preparation<Base> all, const float* grad_scale, const float* found_inf,
-                   Slot<Base>* slots) {
+__global__ void __launch_bounds__(kThreads) prepare_kernel(SAM_CONSTANT(Preparation<Base>) all, const float* grad_scale,
+                                                           const float* found_inf, Slot<Base>* slots) {
   const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (i >= all.n || (found_inf && *found_inf != 0)) return;
   const auto& row = all.rows[i];
@@ -418,7 +417,7 @@ constexpr int kResident = sizeof(T) == 8                        ? 2
 
 template <class T, class Base, int kBytes>
 __global__ void __launch_bounds__(kThreads, kResident<T, Base>)
-    update_kernel(const __grid_constant__ Entries<UpdateEntry<Base>, kBytes> entries, const Slot<Base>* slots,
+    update_kernel(SAM_CONSTANT(Entries<UpdateEntry<Base>, kBytes>) entries, const Slot<Base>* slots,
                   const float* found_inf) {
   using A = arithmetic_t<T>;
   const Share<UpdateEntry<Base>> share = share_of_block(entries);

@@ -42,7 +42,7 @@ HOST_BUGS = {
 MEMORY_BUGS = {
     "a kernel reads the caller's array": (
         {
-            "Rhos rhos, const double* sq_norms": "Rhos rhos, const Ascent* groups, const double* sq_norms",
+            "(Rhos) rhos, const double* sq_norms": "(Rhos) rhos, const Ascent* groups, const double* sq_norms",
             "queue.stream, rhos, ": "queue.stream, rhos, groups + g, ",
             "rhos.at[g]);": "groups[g].rho);",
         },
@@ -50,7 +50,7 @@ MEMORY_BUGS = {
     ),
     "an argument dies before its kernel runs": (
         {
-            "const __grid_constant__ Rhos rhos": "const Rhos* all",
+            "SAM_CONSTANT(Rhos) rhos": "const Rhos* all",
             "queue.stream, rhos, ": "queue.stream, &rhos, ",
             "  Sharpness sharpness;\n  if": "  const Rhos& rhos = *all;\n  Sharpness sharpness;\n  if",
         },

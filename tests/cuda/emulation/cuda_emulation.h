@@ -52,7 +52,6 @@
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-#define __grid_constant__
 
 namespace emulation {
 
@@ -364,7 +363,7 @@ inline std::vector<Launch> queued;
 
 template <class P>
 std::vector<char> bytes_of_argument(const P& value) {
-  static_assert(std::is_trivially_copyable_v<P>, "an argument is copied byte by byte");
+  static_assert(std::is_trivially_copyable_v<std::remove_cvref_t<P>>, "an argument is copied byte by byte");
   const char* bytes = reinterpret_cast<const char*>(&value);
   return {bytes, bytes + sizeof value};
 }
@@ -373,7 +372,7 @@ template <class... P, class... A>
 void enqueue(void (*kernel)(P...), unsigned blocks, unsigned threads, void* stream, const A&... args) {
   ++launches;
   const auto call = [kernel]<size_t... I>(const Launch& launch, std::index_sequence<I...>) {
-    kernel(*reinterpret_cast<const P*>(launch.arguments[I].data())...);
+    kernel(*reinterpret_cast<const std::remove_cvref_t<P>*>(launch.arguments[I].data())...);
   };
   queued.push_back({reinterpret_cast<const void*>(kernel),
                     blocks,
@@ -436,6 +435,8 @@ EMULATION_FN void on_own_stack(const std::function<void()>& f) {
 #define __syncthreads() ::emulation::barrier(__LINE__)
 #define __shfl_down_sync(mask, x, delta) ::emulation::shuffle_down(__LINE__, mask, x, delta)
 
+// All threads read the launch's one copy: a copy for each was a third of the time.
+#define SAM_CONSTANT(...) const __VA_ARGS__&
 #define SAM_SHARED(T, name, n)                              \
   T* const name = reinterpret_cast<T*>(::emulation::shared( \
       [] {                                                  \

@@ -78,7 +78,10 @@ def emulated_half(folder: Path) -> list[Path]:
 
 
 def link(program: Path, *objects: Path) -> dict[str, str]:
-    """Builds ``program``. Returns the functions in it by their addresses, as printf's %p writes them."""
+    """Builds ``program``. Returns the functions in it by their addresses, as printf's %p writes them.
+
+    Under the names that kernels have for nvcc: SAM_CONSTANT is a reference in the emulation alone.
+    """
     _run("g++", "-no-pie", *objects, "-o", program)
     symbols = re.findall(r"^0*([0-9a-f]+) [tTW] (.+)$", _run("nm", "-C", program), re.M)
-    return {f"0x{address}": name for address, name in symbols}
+    return {f"0x{address}": name.replace(" const&", "") for address, name in symbols}
