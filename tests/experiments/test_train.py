@@ -195,7 +195,7 @@ def test_label_noise_is_the_same_in_every_process():
         "print({k: v.labels.tolist() for k, v in sorted(train.load_data(s).items())})"
     )
     seen = set()
-    for seed in ("1", "2", "3"):
+    for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(SCRIPT.parent)}
         done = subprocess.run(
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
