@@ -16,6 +16,7 @@ from sam_fused.bases import UPDATES
 from tests.cuda import sass
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
 STREAMS = {  # read and written, by kernel
     "norm_kernel": (1, 0),
     "perturb_kernel": (2, 2),

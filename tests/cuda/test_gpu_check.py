@@ -220,6 +220,7 @@ OPTIONS = {
 SUMMARIES = {"racecheck": "RACECHECK SUMMARY: {} hazards displayed ({} errors, 0 warnings)"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", OPTIONS)
 def test_sanitizer(tool, modules, monkeypatch, tmp_path):
     summary = SUMMARIES.get(tool, "ERROR SUMMARY: {} errors")
@@ -325,6 +326,7 @@ def test_what_cannot_be_installed(options, status, message, modules, monkeypatch
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("arguments", [("-m", "tests.cuda.gpu.toolkit"), ("-m", "tests.cuda.gpu_check")], ids=" ".join)
 def test_without_a_gpu_nothing_is_done(arguments):

@@ -13,6 +13,7 @@ from benchmarks.paper import memorising, noise, rounding, runs, sharpness_study,
 from tests.helpers.paths import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["paper-text", "paper-code", "fair"])
 def test_tables_are_rebuilt(recipe, tmp_path):
     committed, rebuilt = ROOT / "results" / f"cpu-{recipe}", tmp_path / "rebuilt"

@@ -188,6 +188,7 @@ def test_label_noise():
     assert len(clean["train"].labels) + 200 == len(train.load_digits()[0].labels)
 
 
+@pytest.mark.slow
 def test_label_noise_is_the_same_in_every_process():
     """Whatever the seed of Python's hashes."""
     program = (

@@ -251,6 +251,7 @@ def test_unknown_instruction_set():
 
 
 @on_the_cpu
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptive", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_thread_count_gives_the_same_bits(dtype, adaptive, threads):
