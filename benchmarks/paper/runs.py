@@ -13,6 +13,7 @@ import argparse
 import functools
 import gzip
 import json
+import math
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -68,9 +69,14 @@ class Result:
         return len(self.metrics) == self.settings["epochs"]
 
     def sharpness(self, rho: float) -> list[float]:
-        """As recorded, by epoch, at ``rho``: to first order it is proportional to it."""
+        """As recorded, by epoch, at ``rho``: to first order it is proportional to it. NaN of Momentum-SAM's runs."""
         scale = rho / self.settings["measure_rho"]
         return [float("nan") if m["sharpness"] is None else m["sharpness"] * scale for m in self.metrics]
+
+
+def recorded(cells: dict[tuple[str, str], list[Result]]) -> dict[tuple[str, str], list[Result]]:
+    """Those whose runs have recorded the sharpness: all but Momentum-SAM's, which have no gradient at the weights."""
+    return {cell: runs for cell, runs in cells.items() if not math.isnan(runs[0].sharpness(1.0)[0])}
 
 
 def by_cell(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from sam_fused.sharpness import KINDS
 
 from ..plots import band, figure, legend_above, log_scale, plt
 from ..tables import table
-from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, of_network, read_runs
+from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, of_network, read_runs, recorded
 
 RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # ten times as much for ASAM
 AVERAGE_AT = 20  # times the recipe's rho
@@ -154,14 +155,17 @@ def equal_loss_rows(cells: dict[tuple[str, str], list[Result]]) -> Iterator[list
 
 
 def markdown(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], rho: float, adaptive: bool) -> str:
-    def rows(of_cell: Callable[[list[Result]], list[str]]) -> list[list[str]]:
-        return [[NETWORKS[arch], OPTIMIZERS[o], *of_cell(runs)] for (arch, o), runs in cells.items()]
+    def rows(
+        of_cell: Callable[[list[Result]], list[str]], of_cells: dict[tuple[str, str], list[Result]] = cells
+    ) -> list[list[str]]:
+        return [[NETWORKS[arch], OPTIMIZERS[o], *of_cell(runs)] for (arch, o), runs in of_cells.items()]
 
     def last_epoch(runs: list[Result]) -> list[str]:
         loss = statistics.mean(r.metrics[-1]["train_loss"] for r in runs)
-        recorded = statistics.mean(r.sharpness(rho)[-1] for r in runs)
+        in_training = statistics.mean(r.sharpness(rho)[-1] for r in runs)
         measured = [statistics.mean(held[r.name][-1][kind] for r in runs) for kind in KINDS]
-        return [str(len(runs)), f"{loss:.3f}", *(f"{v:.4g}" for v in (recorded, *measured))]
+        values = ["-" if math.isnan(v) else f"{v:.4g}" for v in (in_training, *measured)]
+        return [str(len(runs)), f"{loss:.3f}", *values]
 
     def by_radius(runs: list[Result]) -> list[str]:
         by_rho = ratios(held, runs)
@@ -193,7 +197,7 @@ def markdown(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], r
         "",
         "When the recorded sharpness is highest: the epoch, and how many times the first epoch's it is, by seed:",
         "",
-        *table(["", "", "epoch", "over the first", "last over the first"], rows(highest)),
+        *table(["", "", "epoch", "over the first", "last over the first"], rows(highest, recorded(cells))),
         "",
         "Recorded sharpness, the second's over the first's, when each came to the lowest training loss that both "
         "reach, by seed:",
@@ -287,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
         train.save(args.runs / "sharpness.md", text)
         draw_training(held, cells, rho, args.runs / "sharpness_training.png")
         draw_rho(held, cells, args.runs / "sharpness_rho.png")
-        draw_loss(cells, rho, args.runs / "sharpness_loss.png")
+        draw_loss(recorded(cells), rho, args.runs / "sharpness_loss.png")
         print(text)
 
     return train.exit_status("sharpness_study.py", run, "the same command goes on")

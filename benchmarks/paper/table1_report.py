@@ -18,7 +18,7 @@ import train
 
 from ..plots import band, figure, legend_above, log_scale, plt
 from ..tables import table
-from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, of_network, read_runs
+from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, of_network, read_runs, recorded
 
 #: Test accuracy in %, mean and standard deviation over three seeds: Table I of the paper.
 PAPER = {
@@ -258,13 +258,11 @@ def draw_accuracy(results: list[Result], path: Path) -> None:
 
 
 def draw_sharpness(results: list[Result], path: Path, rho: float) -> None:
-    cells = by_cell(r for r in results if r.metrics)
+    cells = recorded(by_cell(r for r in results if r.metrics))
     with network_panels(path, f"sharpness of a batch at rho = {rho:g}") as panels:
         for axes, arch in panels:
             for optimizer, runs in of_network(cells, arch):
-                curves = [r.sharpness(rho) for r in runs]
-                if not math.isnan(curves[0][0]):
-                    band(axes, curves, STYLE[optimizer], OPTIMIZERS[optimizer])
+                band(axes, [r.sharpness(rho) for r in runs], STYLE[optimizer], OPTIMIZERS[optimizer])
             log_scale(axes)
 
 
