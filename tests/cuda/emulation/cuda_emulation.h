@@ -435,7 +435,7 @@ EMULATION_FN void on_own_stack(const std::function<void()>& f) {
 #define __syncthreads() ::emulation::barrier(__LINE__)
 #define __shfl_down_sync(mask, x, delta) ::emulation::shuffle_down(__LINE__, mask, x, delta)
 
-// All threads read the launch's one copy: a copy for each was a third of the time.
+// All threads read the launch's one copy: a copy for each was more than half of the time.
 #define SAM_CONSTANT(...) const __VA_ARGS__&
 #define SAM_SHARED(T, name, n)                              \
   T* const name = reinterpret_cast<T*>(::emulation::shared( \
