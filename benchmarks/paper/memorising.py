@@ -27,9 +27,9 @@ from typing import Any
 import train
 
 from ..plots import band, figure, legend_above
-from ..tables import table
+from ..tables import percent, table
 from .runs import OPTIMIZERS, Result, read_packed, read_runs
-from .sweep import Run, sweep
+from .sweep import Run, command, command_line
 
 SHARED: dict[str, Any] = {"dataset": "digits", "validate": 287, "no_augment": True, "rho": 0, "threads": 1}
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -80,12 +80,11 @@ def signals(r: Result) -> dict[str, int | None]:
     """The epoch in which each is first seen; None if it is not."""
     memorised = [m.get("memorised", 0.0) for m in r.metrics]
     accuracy = [m["val_acc"] for m in r.metrics]
-    found = {
+    return {
         "memorised": first(memorised, lambda so_far: so_far[-1] >= MEMORISED),
         "accuracy": first(accuracy, lambda so_far: so_far[-1] <= max(so_far) - FALL),
         "sharpness": first(r.sharpness(1.0), lambda so_far: so_far[-1] >= RISE * min(so_far)),
     }
-    return {name: found[name] for name in SIGNALS}
 
 
 # ---- what came out ----
@@ -119,11 +118,6 @@ def order(runs: list[Result]) -> str:
     return ", ".join(map(str, counts))
 
 
-def percent(values: list[float]) -> str:
-    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{deviation}"
-
-
 def row(cell: Cell, runs: list[Result]) -> list[str]:
     network, base, noise = cell
     return [
@@ -131,9 +125,9 @@ def row(cell: Cell, runs: list[Result]) -> list[str]:
         OPTIMIZERS[base],
         f"{noise} %",
         str(len(runs)),
-        percent([max(m["test_acc"] for m in r.metrics) for r in runs]),
-        percent([r.metrics[-1]["test_acc"] for r in runs]),
-        percent([r.metrics[-1]["memorised"] for r in runs]) if noise else "",
+        percent(max(m["test_acc"] for m in r.metrics) for r in runs),
+        percent(r.metrics[-1]["test_acc"] for r in runs),
+        percent(r.metrics[-1]["memorised"] for r in runs) if noise else "",
         *(epochs_of(runs, signal) if noise or signal != "memorised" else "" for signal in SIGNALS),
         order(runs),
     ]
@@ -207,10 +201,8 @@ def report(out: Path) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/memorising"))
-    p.add_argument("--report-only", action="store_true", help="make the table and the figure of what --out holds")
-    p.add_argument("--max-runs", type=int, metavar="N", help="stop after N runs; the next call goes on")
+    p = command_line(__doc__, "runs/memorising")
+    p.set_defaults(out=Path("runs/memorising"))
     p.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     p.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
     p.add_argument("--epochs", type=int, metavar="N", help="default: 40 of mlp, 20 of vgg16")
@@ -219,15 +211,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-
-    def run() -> None:
-        if not args.report_only:
-            sweep(lambda: plan(args), "memorising", args.max_runs, keep_checkpoints=False)
-        print(report(args.out))
-
-    return train.exit_status(
-        "memorising.py", run, f"{args.out} keeps the runs and whole epochs: the same command goes on"
-    )
+    return command("memorising.py", args, lambda: plan(args), "memorising", report, keep_checkpoints=False)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from scipy.stats import t as student
 import train
 
 from ..plots import band, figure, legend_above
-from ..tables import table
+from ..tables import percent, table
 from .runs import GRID, OPTIMIZERS, Result, read_packed, read_runs
-from .sweep import Run, search, sweep
+from .sweep import Run, command, command_line, search
 
 
 @dataclass(frozen=True)
@@ -189,14 +189,6 @@ def cells_of(results: list[Result]) -> dict[tuple[str, int, str], Cell]:
     return dict(sorted(cells.items(), key=lambda item: (item[0][0], item[0][1], order[item[0][2]])))
 
 
-def percent(values: dict[int, float]) -> str:
-    """Mean and sample standard deviation over the seeds."""
-    numbers = [100 * x for x in values.values()]
-    if not numbers:
-        return "-"
-    return f"{statistics.mean(numbers):.1f}" + (f" ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else "")
-
-
 def gain(base: dict[int, float], other: dict[int, float]) -> str:
     """The 95 % t interval of other - base in percentage points, paired by seed."""
     differences = [100 * (other[seed] - base[seed]) for seed in sorted(base.keys() & other.keys())]
@@ -222,11 +214,11 @@ def method_row(cell: Cell, base: Cell) -> list[str]:
         method.title,
         number,
         str(len(cell.runs)),
-        percent(cell.last("test_acc")),
+        percent(cell.last("test_acc").values()),
         "" if cell is base else gain(base.last("test_acc"), cell.last("test_acc")),
-        percent(cell.best()),
+        percent(cell.best().values()),
         "" if cell is base else gain(base.best(), cell.best()),
-        percent(cell.last("memorised")),
+        percent(cell.last("memorised").values()),
         time_ratio(base.seconds(), cell.seconds()),
     ]
 
@@ -273,7 +265,7 @@ def markdown(results: list[Result], grid: list[Result]) -> str:
 
     def summary(name: str) -> list[str]:
         found = [cells.get((base, noise, name)) for base, noise in pairs]
-        return [METHODS[name].title, *("-" if c is None else percent(c.last("test_acc")) for c in found)]
+        return [METHODS[name].title, *("-" if c is None else percent(c.last("test_acc").values()) for c in found)]
 
     lines += table(titles, map(summary, methods))
     columns = ["", "number", "n", "last epoch", "gain", "best by validation", "gain", "memorised", "time"]
@@ -348,11 +340,8 @@ def report(out: Path) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = command_line(__doc__, "runs/noise-PRESET")
     p.add_argument("--preset", choices=list(PRESETS), default="digits")
-    p.add_argument("--report-only", action="store_true", help="make the tables and the figure of what --out holds")
-    p.add_argument("--max-runs", type=int, metavar="N", help="stop after N runs; the next call goes on")
-    p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/noise-PRESET")
     p.add_argument("--bases", nargs="+", choices=sorted(LEARNING_RATES), default=sorted(LEARNING_RATES))
     p.add_argument("--data", metavar="DIR", help="as in train.py")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -372,13 +361,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-
-    def run() -> None:
-        if not args.report_only:
-            sweep(lambda: plan(args), f"noise, {args.preset}", args.max_runs, keep_checkpoints=False)
-        print(report(args.out))
-
-    return train.exit_status("noise.py", run, f"{args.out} keeps the runs and whole epochs: the same command goes on")
+    return command("noise.py", args, lambda: plan(args), f"noise, {args.preset}", report, keep_checkpoints=False)
 
 
 if __name__ == "__main__":

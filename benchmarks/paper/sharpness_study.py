@@ -20,7 +20,6 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,10 @@ import train
 from sam_fused import loss_slice, measure_sharpness
 from sam_fused.sharpness import KINDS
 
-from ..plots import band, figure, legend_above, log_scale, plt
+from ..plots import band, figure, legend_above, log_scale
 from ..tables import table
 from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, of_network, read_runs, recorded
+from .table1_report import network_panels
 
 RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # ten times as much for ASAM
 AVERAGE_AT = 20  # times the recipe's rho
@@ -225,21 +225,8 @@ def draw_training(held: dict[str, Any], cells: dict[tuple[str, str], list[Result
         legend_above(drawn)
 
 
-@contextmanager
-def network_panels(path: Path, xlabel: str, ylabel: str) -> Iterator[Iterator[tuple[plt.Axes, str]]]:
-    """A panel for each network, logarithmic, and the network's name in the settings."""
-    with figure(path, 1, len(NETWORKS), size=(11, 4.2), dpi=110, sharey=True) as (drawn, panels):
-        yield zip(panels, NETWORKS, strict=True)
-        for axes, network in zip(panels, NETWORKS.values(), strict=True):
-            axes.set(xlabel=xlabel, title=network)
-            log_scale(axes)
-            axes.grid(alpha=0.3)
-        panels[0].set(ylabel=ylabel)
-        legend_above(drawn)
-
-
 def draw_rho(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], path: Path) -> None:
-    with network_panels(path, "rho", "realised / first-order sharpness, last epoch") as panels:
+    with network_panels(path, "rho", "realised / first-order sharpness, last epoch", sharey=True) as panels:
         for axes, arch in panels:
             axes.axhspan(1 - TOLERANCE, 1 + TOLERANCE, color="k", alpha=0.07, linewidth=0)
             axes.axhline(1, color="k", linewidth=0.8)
@@ -247,11 +234,12 @@ def draw_rho(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], p
                 by_rho = ratios(held, runs)
                 axes.plot(by_rho.keys(), by_rho.values(), STYLE[optimizer], marker=".", label=OPTIMIZERS[optimizer])
             axes.set(xscale="log")
+            log_scale(axes)
 
 
 def draw_loss(cells: dict[tuple[str, str], list[Result]], rho: float, path: Path) -> None:
     ylabel = f"recorded sharpness of a batch at rho = {rho:g}"
-    with network_panels(path, "training loss (training goes to the right)", ylabel) as panels:
+    with network_panels(path, "training loss (training goes to the right)", ylabel, sharey=True) as panels:
         for axes, arch in panels:
             for optimizer, runs in of_network(cells, arch):
                 losses = [
@@ -260,6 +248,7 @@ def draw_loss(cells: dict[tuple[str, str], list[Result]], rho: float, path: Path
                 values = [statistics.mean(x) for x in zip(*(r.sharpness(rho) for r in runs), strict=True)]
                 axes.plot(losses, values, STYLE[optimizer], marker=".", markersize=3, label=OPTIMIZERS[optimizer])
             axes.invert_xaxis()
+            log_scale(axes)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ failed.txt and is skipped too, until that is removed. Processes that share --out
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -200,3 +201,33 @@ def sweep(
                     if stage == stages[-1]:
                         return
                     time.sleep(1)
+
+
+# ---- commands ----
+
+
+def command_line(doc: str | None, out: str) -> argparse.ArgumentParser:
+    """With what :func:`command` needs; ``out`` is what the help says of --out's default, which the caller fills in."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--report-only", action="store_true", help="make the tables and figures of what --out holds")
+    p.add_argument("--max-runs", type=int, metavar="N", help="stop after N runs; the next call goes on")
+    p.add_argument("--out", type=Path, metavar="DIR", help=f"default: {out}")
+    return p
+
+
+def command(
+    program: str,
+    args: argparse.Namespace,
+    plan: Callable[[], list[list[Run]]],
+    title: str,
+    report: Callable[[Path], str],
+    keep_checkpoints: bool = True,
+) -> int:
+    """Of a command that trains a sweep, unless it is to report only, and prints its report: the exit status."""
+
+    def run() -> None:
+        if not args.report_only:
+            sweep(plan, title, args.max_runs, keep_checkpoints)
+        print(report(args.out))
+
+    return train.exit_status(program, run, f"{args.out} keeps the runs and whole epochs: the same command goes on")

@@ -33,7 +33,7 @@ import torch
 import train
 
 from .runs import GRID, NETWORKS, read_packed
-from .sweep import Run, search, sweep
+from .sweep import Run, command, command_line, search
 from .table1_report import report
 
 # ---- what is run ----
@@ -79,7 +79,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "methods": ["base", "sam", "msam"],
     },
 }
-NUMBERS = [name for name, value in PRESETS["large"].items() if isinstance(value, int | dict)]  # that are flags too
+# Flags of train.py that take a number.
+NUMBERS = ("width", "epochs", "batch_size", "train_size", "eval_size", "validate", "holdout")
 
 METHODS: dict[str, dict[str, Any]] = {"base": {"rho": 0}, "sam": {}, "msam": {"method": "msam"}}
 
@@ -102,7 +103,6 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
         shared = ("dataset", "data", "device", "threads", "amp", "compile", "keep_every", *NUMBERS)
         given = {k: getattr(args, k) for k in shared}
         given |= {"arch": arch, "base": base, "holdout": None, **METHODS[method], **flags}
-        del given["grid_epochs"], given["extend"]
         if isinstance(given["width"], dict):
             given["width"] = given["width"][arch]
         given["recipe"] = "paper-text" if args.recipe == "fair" else args.recipe
@@ -211,17 +211,17 @@ def dry_run(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = command_line(__doc__, "runs/PRESET-RECIPE")
     p.add_argument("--recipe", choices=["paper-text", "paper-code", "fair"], default="paper-text")
     p.add_argument("--preset", choices=list(PRESETS), default="cpu")
     p.add_argument("--dry-run", action="store_true", help="print the runs and how long they would take")
-    p.add_argument("--report-only", action="store_true", help="make the table and figures of what --out holds")
-    p.add_argument("--max-runs", type=int, metavar="N", help="stop after N runs; the next call goes on")
-    p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/PRESET-RECIPE")
     p.add_argument("--archs", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     p.add_argument("--bases", nargs="+", choices=["sgd", "adam"], default=["sgd", "adam"])
     p.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: the preset's")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    g = p.add_argument_group("of the fair recipe's grids; without them, the preset's")
+    g.add_argument("--grid-epochs", type=int, metavar="N", help="of a run that something is chosen by")
+    g.add_argument("--extend", type=int, metavar="N", help="by how many values a grid may grow to each side")
     g = p.add_argument_group("as in train.py; without them, the preset's")
     g.add_argument("--dataset", default="cifar10")
     g.add_argument("--data", metavar="DIR")
@@ -243,16 +243,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-
-    def run() -> None:
-        if args.dry_run:
-            dry_run(args)
-            return
-        if not args.report_only:
-            sweep(lambda: plan(args), args.recipe, args.max_runs)
-        print(report(args.out))
-
-    return train.exit_status("table1.py", run, f"{args.out} keeps the runs and whole epochs: the same command goes on")
+    if args.dry_run:
+        return train.exit_status("table1.py", lambda: dry_run(args), "nothing was trained")
+    return command("table1.py", args, lambda: plan(args), args.recipe, report)
 
 
 if __name__ == "__main__":

@@ -215,25 +215,25 @@ def comma_separated(results: list[Result]) -> str:
 
 def accuracies(r: Result) -> tuple[list[float], float | None]:
     """In %: by epoch, and where the last epoch is tested on other images than those before it, of that apart."""
-    if r.settings.get("validate"):
-        by_epoch = [100 * m["val_acc"] for m in r.metrics]
-    else:
-        by_epoch = [100 * m["test_acc"] for m in r.metrics]
-        if not r.settings["eval_size"]:
-            return by_epoch, None
-    if not r.finished:
+    validated = r.settings.get("validate")
+    by_epoch = [100 * m["val_acc" if validated else "test_acc"] for m in r.metrics]
+    if not r.finished or not (validated or r.settings["eval_size"]):
         return by_epoch, None
-    return by_epoch if r.settings.get("validate") else by_epoch[:-1], 100 * r.metrics[-1]["test_acc"]
+    return by_epoch if validated else by_epoch[:-1], 100 * r.metrics[-1]["test_acc"]
 
 
 @contextmanager
-def network_panels(path: Path, ylabel: str) -> Iterator[Iterator[tuple[plt.Axes, str]]]:
+def network_panels(
+    path: Path, xlabel: str, ylabel: str, sharey: bool = False
+) -> Iterator[Iterator[tuple[plt.Axes, str]]]:
     """A panel for each network, and the network's name in the settings."""
-    with figure(path, 1, len(NETWORKS), size=(11, 4.2), dpi=110) as (drawn, panels):
+    with figure(path, 1, len(NETWORKS), size=(11, 4.2), dpi=110, sharey=sharey) as (drawn, panels):
         yield zip(panels, NETWORKS, strict=True)
         for axes, network in zip(panels, NETWORKS.values(), strict=True):
-            axes.set(xlabel="epoch", ylabel=ylabel, title=network)
+            axes.set(xlabel=xlabel, title=network)
             axes.grid(alpha=0.3)
+        for axes in panels[:1] if sharey else panels:
+            axes.set(ylabel=ylabel)
         legend_above(drawn)
 
 
@@ -241,9 +241,9 @@ def draw_accuracy(results: list[Result], path: Path) -> None:
     """Curves, and points for the test set where that is seen at the end only."""
     cells = by_cell(r for r in results if r.metrics)
     apart = any(accuracies(r)[1] is not None for r in results)
-    held_out = apart and any(r.settings.get("validate") for r in results)
+    held_out = any(r.settings.get("validate") for r in results)
     ylabel = "accuracy on held-out images" if held_out else "test accuracy"
-    with network_panels(path, ylabel + (", %; points: whole test set" if apart else ", %")) as panels:
+    with network_panels(path, "epoch", ylabel + (", %; points: whole test set" if apart else ", %")) as panels:
         for axes, arch in panels:
             for optimizer, runs in of_network(cells, arch):
                 curves, lasts = zip(*map(accuracies, runs), strict=True)
@@ -259,7 +259,7 @@ def draw_accuracy(results: list[Result], path: Path) -> None:
 
 def draw_sharpness(results: list[Result], path: Path, rho: float) -> None:
     cells = recorded(by_cell(r for r in results if r.metrics))
-    with network_panels(path, f"sharpness of a batch at rho = {rho:g}") as panels:
+    with network_panels(path, "epoch", f"sharpness of a batch at rho = {rho:g}") as panels:
         for axes, arch in panels:
             for optimizer, runs in of_network(cells, arch):
                 band(axes, [r.sharpness(rho) for r in runs], STYLE[optimizer], OPTIMIZERS[optimizer])

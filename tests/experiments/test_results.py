@@ -1,10 +1,12 @@
-"""results/cpu-*, noise-* and rounding: complete, and their tables are what the measurements beside them say."""
+"""results/cpu-*, noise-*, memorising and rounding: complete, and their tables are what the runs beside them say."""
 
 from __future__ import annotations
 
 import csv
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,22 +31,23 @@ def test_tables_are_rebuilt(recipe, tmp_path):
     assert [cell["n"] for cell in cells] == ["3"] * 8
 
 
+def rebuild(main: Callable[[list[str]], int], committed: Path, to: Path) -> None:
+    """From the runs alone."""
+    shutil.copy(committed / "runs.jsonl.gz", to)
+    assert main(["--report-only", "--out", str(to)]) == 0
+    [text] = committed.glob("*.md")
+    assert (to / text.name).read_text() == text.read_text()
+    assert {p.name for p in to.iterdir()} == {p.name for p in committed.iterdir()}
+
+
 def test_the_table_of_wrong_labels_is_rebuilt(tmp_path):
-    committed = ROOT / "results" / "noise-digits"
-    shutil.copy(committed / "runs.jsonl.gz", tmp_path)
-    assert noise.main(["--report-only", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "noise.md").read_text() == (committed / "noise.md").read_text()
-    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in committed.iterdir()}
+    rebuild(noise.main, ROOT / "results" / "noise-digits", tmp_path)
     rows = [line for line in (tmp_path / "noise.md").read_text().splitlines() if line.startswith("| base |")]
     assert [row.split(" | ")[1] for row in rows[1:]] == ["| 5"] * 8
 
 
 def test_the_table_of_memorising_is_rebuilt(tmp_path):
-    committed = ROOT / "results" / "memorising"
-    shutil.copy(committed / "runs.jsonl.gz", tmp_path)
-    assert memorising.main(["--report-only", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "memorising.md").read_text() == (committed / "memorising.md").read_text()
-    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in committed.iterdir()}
+    rebuild(memorising.main, ROOT / "results" / "memorising", tmp_path)
     cells = memorising.cells_of(runs.read_runs(tmp_path))
     assert [len(of_cell) for of_cell in cells.values()] == [10] * 8
 
