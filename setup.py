@@ -142,7 +142,7 @@ def extension():
     return CppExtension("sam_fused._C", SOURCES, depends=DEPENDS, extra_compile_args={"cxx": CXX_FLAGS})
 
 
-SOURCES = ["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/module.cpp"]
+SOURCES = ["csrc/rows.cpp", "csrc/ops.cpp", "csrc/cpu.cpp", "csrc/module.cpp"]
 DEPENDS = [f"csrc/{p.name}" for p in sorted((ROOT / "csrc").iterdir()) if f"csrc/{p.name}" not in SOURCES]
 
 

@@ -1,82 +1,155 @@
-// The Python module: the operations on Python lists, without boxing, and what is no operator.
+// The Python module: the operations on rows that are kept, and what is no operator.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "adapter.h"
 #include "backends.h"
+#include "ops.h"
 
 namespace py = pybind11;
 using namespace py::literals;
 
 namespace {
 
-const at::Tensor& tensor_of(PyObject* object, const char* name) {
+using at::Tensor;
+using sam::Scalar;
+
+const Tensor& tensor_of(PyObject* object, const char* name) {
   if (!THPVariable_Check(object)) throw py::type_error(std::string(name) + ": expected a tensor");
   return THPVariable_Unpack(object);
 }
 
-// What Python passes: lists, whose tensors are borrowed. The operation runs without the GIL.
-struct Python {
-  using Running = py::gil_scoped_release;
-};
-
-}  // namespace
-
-template <>
-struct sam::Argument<Python, std::string_view> : PassedAs<const std::string&, std::string_view> {};
-template <>
-struct sam::Argument<Python, sam::Sizes> : PassedAs<const std::vector<int64_t>&, sam::Sizes> {};
-template <>
-struct sam::Argument<Python, const sam::Refs&> {
-  using In = const py::list&;
-  struct Held {
-    Refs refs;
-    Held(In list, const char* name) {
-      refs.reserve(list.size());
-      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i)
-        refs.push_back(&tensor_of(PyList_GET_ITEM(list.ptr(), i), name));
-    }
-    operator const Refs&() const { return refs; }
-  };
-};
-template <>
-struct sam::Argument<Python, const sam::OptionalRefs&> {
-  using In = const py::list&;
-  struct Held {
-    OptionalRefs refs;
-    Held(In list, const char* name) {
-      refs.reserve(list.size());
-      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i) {
-        PyObject* const item = PyList_GET_ITEM(list.ptr(), i);
-        refs.push_back(item == Py_None ? nullptr : &tensor_of(item, name));
-      }
-    }
-    operator const OptionalRefs&() const { return refs; }
-  };
-};
-
-namespace {
-
-// Defines `name`, with the names and defaults of its arguments. Its keyword `hook` takes a function that is called at
-// the moment that ops.h says. Python looks for interrupts between two bytecodes, so a hook without bytecode, such as a
-// list's own method, cannot be parted from the operation by one.
-template <auto op, class R, class... P, class... Args>
-void define(py::module& m, const char* name, R (*)(const sam::Hook&, P...), const Args&... args) {
-  const auto call = [names = std::array{args.name...}](typename sam::Argument<Python, P>::In... in,
-                                                       const py::object& hook) {
-    const sam::Hook with_gil = [&hook] {
-      const py::gil_scoped_acquire gil;
-      hook();
-    };
-    return sam::Call<Python, op>::with(hook.is_none() ? sam::Hook() : with_gil, names, in...);
-  };
-  m.def(name, torch::wrap_pybind_function(call), args..., "hook"_a = py::none());
+// Borrowed from a list or a tuple.
+sam::Refs refs(py::handle sequence, const char* name) {
+  sam::Refs out;
+  const Py_ssize_t n = PySequence_Fast_GET_SIZE(sequence.ptr());
+  PyObject** const items = PySequence_Fast_ITEMS(sequence.ptr());
+  out.reserve(n);
+  for (Py_ssize_t i = 0; i < n; ++i) out.push_back(&tensor_of(items[i], name));
+  return out;
 }
-template <auto op, class... Args>
-void define(py::module& m, const char* name, const Args&... args) {
-  define<op>(m, name, op, args...);
+
+sam::OptionalRefs optional_refs(py::handle sequence, const char* name) {
+  sam::OptionalRefs out;
+  const Py_ssize_t n = PySequence_Fast_GET_SIZE(sequence.ptr());
+  PyObject** const items = PySequence_Fast_ITEMS(sequence.ptr());
+  out.reserve(n);
+  for (Py_ssize_t i = 0; i < n; ++i) out.push_back(items[i] == Py_None ? nullptr : &tensor_of(items[i], name));
+  return out;
+}
+
+// Rows, and the tensors that they point to.
+class Kept {
+ public:
+  Kept(const py::list& params, const std::vector<int64_t>& run_sizes, const std::optional<py::list>& backups,
+       const std::optional<py::list>& saved, const std::string& base, const py::list& state, const py::list& steps)
+      : rows_(sam::Rows(hold<sam::Refs>(params, refs, "params"), run_sizes)) {
+    if (backups) rows_->backups(hold<sam::Refs>(*backups, refs, "backups"));
+    if (saved) rows_->saved(hold<sam::OptionalRefs>(*saved, optional_refs, "saved"), "saved");
+    if (!base.empty()) rows_->state(base, hold<sam::Refs>(state, refs, "state"), hold<sam::Refs>(steps, refs, "steps"));
+  }
+
+  sam::Rows& rows() {
+    if (!rows_) throw std::runtime_error("rows: the garbage collector has cleared them");
+    return *rows_;
+  }
+
+  // For Python's collector: a parameter may hold its optimizer, which holds its rows.
+  static void collect(PyHeapTypeObject* heap_type) {
+    PyTypeObject& type = heap_type->ht_type;
+    type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+      Py_VISIT(Py_TYPE(self));
+      if (Kept* const kept = of(self))
+        for (const py::tuple& held : kept->held_) Py_VISIT(held.ptr());
+      return 0;
+    };
+    type.tp_clear = [](PyObject* self) {
+      if (Kept* const kept = of(self)) {
+        kept->rows_.reset();
+        kept->held_.clear();
+      }
+      return 0;
+    };
+  }
+
+ private:
+  // Null while it is being made.
+  static Kept* of(PyObject* self) {
+    return static_cast<Kept*>(reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().value_ptr());
+  }
+
+  template <class R>
+  R hold(const py::list& list, R (*refs_of)(py::handle, const char*), const char* name) {
+    return refs_of(held_.emplace_back(list), name);
+  }
+
+  std::vector<py::tuple> held_;  // before rows_, whose making fills it
+  std::optional<sam::Rows> rows_;
+};
+
+std::unique_ptr<Kept> make_rows(const py::list& params, const std::vector<int64_t>& run_sizes,
+                                const std::optional<py::list>& backups, const std::optional<py::list>& saved,
+                                const std::string& base, const py::list& state, const py::list& steps) {
+  return std::make_unique<Kept>(params, run_sizes, backups, saved, base, state, steps);
+}
+
+template <class F>
+auto without_gil(const F& f) {
+  const py::gil_scoped_release release;
+  return f();
+}
+
+// Python looks for interrupts between two bytecodes, so a hook without bytecode, such as a list's own method, cannot be
+// parted from the operation by one.
+sam::Hook with_gil(const py::object& hook) {
+  if (hook.is_none()) return {};
+  return [&hook] {
+    const py::gil_scoped_acquire gil;
+    hook();
+  };
+}
+
+Tensor grad_sq_norm(Kept& rows, const py::list& grads, const Tensor& ascent) {
+  const sam::Refs g = refs(grads, "grads");
+  return without_gil([&] { return sam::grad_sq_norm(rows.rows(), g, ascent); });
+}
+
+Tensor sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Scalar& total, const Scalar& grad_scale) {
+  return without_gil([&] { return sam::sharpness_(sq_norms, ascent, total, grad_scale); });
+}
+
+void perturb_(Kept& rows, const py::list& grads, const Tensor& grad_norm, const Tensor& ascent,
+              const py::object& hook) {
+  const sam::Refs g = refs(grads, "grads");
+  const sam::Hook begin = with_gil(hook);
+  without_gil([&] { sam::perturb_(rows.rows(), g, grad_norm, ascent, begin); });
+}
+
+void perturb_from_(Kept& rows, const py::list& directions, const Tensor& norm, const Tensor& ascent) {
+  const sam::Refs d = refs(directions, "directions");
+  without_gil([&] { sam::perturb_from_(rows.rows(), d, norm, ascent); });
+}
+
+void restore_(Kept& rows) {
+  without_gil([&] { sam::restore_(rows.rows()); });
+}
+
+void restore_step_(Kept& rows, const py::list& grads, const Tensor& hyper, const py::list& lr, const Scalar& grad_scale,
+                   const Scalar& found_inf, const py::object& hook) {
+  const sam::Refs g = refs(grads, "grads");
+  const sam::OptionalRefs rates = optional_refs(lr, "lr");
+  const sam::Hook done = with_gil(hook);
+  without_gil([&] { sam::restore_step_(rows.rows(), g, hyper, rates, grad_scale, found_inf, done); });
+}
+
+Tensor step_along_(Kept& rows, const py::list& grads, const Tensor& hyper, const Tensor& ascent, int64_t moment,
+                   const py::list& lr, const Scalar& grad_scale, const Scalar& found_inf) {
+  const sam::Refs g = refs(grads, "grads");
+  const sam::OptionalRefs rates = optional_refs(lr, "lr");
+  return without_gil(
+      [&] { return sam::step_along_(rows.rows(), g, hyper, ascent, moment, rates, grad_scale, found_inf); });
 }
 
 // A 64-bit hash of numbers one after the other. What is compared by it is not chosen by anyone, so two different inputs
@@ -87,13 +160,31 @@ class Hash {
   void operator()(const void* p) { (*this)(static_cast<uint64_t>(reinterpret_cast<uintptr_t>(p))); }
   uint64_t value() const { return value_; }
 
+  // Dtype, device and bits; shape and strides.
+  void layout_of(const Tensor& t) {
+    (*this)(t.key_set().raw_repr());
+    (*this)(static_cast<uint64_t>(t.scalar_type()) << 32 | static_cast<uint64_t>(t.device().type()) << 16 |
+            static_cast<uint64_t>(t.device().index() + 1));
+    for (const int64_t size : t.sizes()) (*this)(size);
+    for (const int64_t stride : t.strides()) (*this)(stride);
+  }
+
+  // The context is another one after a lazy clone, which shares the memory until one of the two is written to.
+  void memory_of(const Tensor& t) {
+    if (!t.has_storage()) return;
+    const at::DataPtr& data = t.storage().data_ptr();
+    (*this)(data.get());
+    (*this)(data.get_context());
+    (*this)(t.storage_offset());
+  }
+
  private:
   uint64_t value_ = 0xcbf29ce484222325u;
 };
 
-// The gradients, of all parameters of all groups, that are not None, and two hashes. The first is of what a cached list
-// depends on: the parameters themselves, which have a gradient and of which dtype, and each one's dtype, device, shape
-// and strides. The second is of where the parameters lie in memory.
+// The gradients, of all parameters of all groups, that are not None, and two hashes. The first is of what a plan
+// depends on: the parameters themselves, each one's layout, and whether it has a gradient and of which dtype. The
+// second is of where the parameters lie in memory.
 py::tuple gather(const py::list& groups) {
   py::list grads;
   Hash layout, memory;
@@ -102,18 +193,12 @@ py::tuple gather(const py::list& groups) {
     layout(params.size());
     for (size_t i = 0; i < params.size(); ++i) {
       PyObject* const p = PyList_GET_ITEM(params.ptr(), i);
-      const at::Tensor& t = tensor_of(p, "params");
-      const at::Tensor& grad = t.grad();
+      const Tensor& t = tensor_of(p, "params");
+      const Tensor& grad = t.grad();
       layout(p);
-      layout(static_cast<uint64_t>(t.scalar_type()) << 32 | static_cast<uint64_t>(t.device().type()) << 16 |
-             static_cast<uint64_t>(t.device().index() + 1));
+      layout.layout_of(t);
       layout(grad.defined() ? 1 + static_cast<uint64_t>(grad.scalar_type()) : 0);
-      for (const int64_t size : t.sizes()) layout(size);
-      for (const int64_t stride : t.strides()) layout(stride);
-      if (t.has_storage()) {
-        memory(t.storage().data());
-        memory(t.storage_offset());
-      }
+      memory.memory_of(t);
       if (!grad.defined()) continue;
       TORCH_CHECK(grad.layout() == at::kStrided, "param_groups[", g, "]['params'][", i, "].grad: expected a dense ",
                   "gradient, got layout ", grad.layout(), "; sparse gradients are not supported");
@@ -123,7 +208,8 @@ py::tuple gather(const py::list& groups) {
   return py::make_tuple(grads, layout.value(), memory.value());
 }
 
-// A hash of which objects a dictionary of dictionaries holds, as an optimizer's state is one.
+// A hash of which objects a dictionary of dictionaries holds, as an optimizer's state is one, and of the layout and
+// memory of those that are tensors.
 uint64_t contents(const py::dict& state) {
   Hash hash;
   PyObject *key, *value, *name, *object;
@@ -133,6 +219,10 @@ uint64_t contents(const py::dict& state) {
     for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &object);) {
       hash(name);
       hash(object);
+      if (!THPVariable_Check(object)) continue;
+      const Tensor& t = THPVariable_Unpack(object);
+      hash.layout_of(t);
+      hash.memory_of(t);
     }
   }
   return hash.value();
@@ -149,18 +239,24 @@ std::vector<uint32_t> versions(const py::list& lists) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "sam_fused's compiled part. Importing it registers torch.ops.sam_fused, whose operators it has too.";
+  m.doc() = "sam_fused's compiled part. Importing it registers torch.ops.sam_fused, whose operators it has on rows.";
   const auto none = [](const char* name) { return py::arg(name) = py::none(); };
-  define<sam::grad_sq_norm>(m, "grad_sq_norm", "params"_a, "grads"_a, "ascent"_a, "run_sizes"_a);
-  define<sam::sharpness_>(m, "sharpness_", "sq_norms"_a, "ascent"_a, none("total"), none("grad_scale"));
-  define<sam::perturb_>(m, "perturb_", "params"_a, "grads"_a, "backups"_a, "grad_norm"_a, "ascent"_a, "run_sizes"_a);
-  define<sam::perturb_from_>(m, "perturb_from_", "params"_a, "directions"_a, "saved"_a, "norm"_a, "ascent"_a,
-                             "run_sizes"_a);
-  define<sam::restore_>(m, "restore_", "params"_a, "backups"_a);
-  define<sam::restore_step_>(m, "restore_step_", "base"_a, "params"_a, "grads"_a, "backups"_a, "state"_a, "steps"_a,
-                             "hyper"_a, "run_sizes"_a, "lr"_a, none("grad_scale"), none("found_inf"));
-  define<sam::step_along_>(m, "step_along_", "base"_a, "params"_a, "grads"_a, "state"_a, "steps"_a, "hyper"_a,
-                           "ascent"_a, "moment"_a, "run_sizes"_a, "lr"_a, none("grad_scale"), none("found_inf"));
+  const auto def = [&m](const char* name, auto* f, const auto&... args) {
+    m.def(name, torch::wrap_pybind_function(f), args...);
+  };
+  py::class_<Kept>(m, "Rows", py::custom_type_setup(Kept::collect))
+      .def(py::init(torch::wrap_pybind_function(make_rows)), "params"_a, "run_sizes"_a, none("backups"), none("saved"),
+           "base"_a = "", "state"_a = py::list(), "steps"_a = py::list())
+      .def_property_readonly("lasting", [](Kept& kept) { return kept.rows().lasting(); });
+  def("grad_sq_norm", grad_sq_norm, "rows"_a, "grads"_a, "ascent"_a);
+  def("sharpness_", sharpness_, "sq_norms"_a, "ascent"_a, none("total"), none("grad_scale"));
+  def("perturb_", perturb_, "rows"_a, "grads"_a, "grad_norm"_a, "ascent"_a, none("hook"));
+  def("perturb_from_", perturb_from_, "rows"_a, "directions"_a, "norm"_a, "ascent"_a);
+  def("restore_", restore_, "rows"_a);
+  def("restore_step_", restore_step_, "rows"_a, "grads"_a, "hyper"_a, "lr"_a = py::list(), none("grad_scale"),
+      none("found_inf"), none("hook"));
+  def("step_along_", step_along_, "rows"_a, "grads"_a, "hyper"_a, "ascent"_a, "moment"_a, "lr"_a = py::list(),
+      none("grad_scale"), none("found_inf"));
   m.def("gather", torch::wrap_pybind_function(gather));
   m.def("contents", contents);
   m.def("versions", torch::wrap_pybind_function(versions));

@@ -1,8 +1,8 @@
-"""The extension. Importing it registers torch.ops.sam_fused, whose operators it has too: csrc/ops.h says what they do.
+"""The extension. Importing it registers torch.ops.sam_fused, whose operators it has on rows: see csrc/ops.h.
 
-They change the tensors of ``params``, ``backups``, ``state`` and ``steps``, and ``total``, in place. ``run_sizes``
-says how many of ``params``, one after the other, belong to each row of ``ascent`` (rho, eta, adaptive) or ``hyper``,
-which are float64 on the CPU. ``hook`` is called at the moment that csrc/ops.h says.
+They change the tensors that the rows were given, and ``total``, in place. ``ascent`` (rho, eta, adaptive) and
+``hyper`` have a row for each run of parameters, and are float64 on the CPU. ``hook`` is called at the moment that
+csrc/ops.h says.
 """
 
 from collections.abc import Callable
@@ -14,65 +14,58 @@ _Hook = Callable[[], object] | None
 
 has_cuda: bool
 
-def grad_sq_norm(
-    params: list[Tensor], grads: list[Tensor], ascent: Tensor, run_sizes: list[int], hook: _Hook = None
-) -> Tensor: ...
+class Rows:
+    """What an operator works on, checked: parameters, and for each what the operator wants beside its gradient.
+
+    ``run_sizes`` says how many of ``params``, one after the other, belong to each run. ``backups`` are to be written,
+    ``saved`` are to be read (None: was not perturbed); ``state`` has ``base``'s state lists one after the other.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        run_sizes: list[int],
+        backups: list[Tensor] | None = None,
+        saved: list[Tensor | None] | None = None,
+        base: str = "",
+        state: list[Tensor] = ...,
+        steps: list[Tensor] = ...,
+    ) -> None: ...
+    @property
+    def lasting(self) -> bool:
+        """Whether they can be used again, as long as no tensor changes its memory, layout, dtype or device."""
+
+def grad_sq_norm(rows: Rows, grads: list[Tensor], ascent: Tensor) -> Tensor: ...
 def sharpness_(
-    sq_norms: Tensor, ascent: Tensor, total: Tensor | None = None, grad_scale: Tensor | None = None, hook: _Hook = None
+    sq_norms: Tensor, ascent: Tensor, total: Tensor | None = None, grad_scale: Tensor | None = None
 ) -> Tensor: ...
-def perturb_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    backups: list[Tensor],
-    grad_norm: Tensor,
-    ascent: Tensor,
-    run_sizes: list[int],
-    hook: _Hook = None,
-) -> None: ...
-def perturb_from_(
-    params: list[Tensor],
-    directions: list[Tensor],
-    saved: list[Tensor],
-    norm: Tensor,
-    ascent: Tensor,
-    run_sizes: list[int],
-    hook: _Hook = None,
-) -> None: ...
-def restore_(params: list[Tensor], backups: list[Tensor], hook: _Hook = None) -> None: ...
+def perturb_(rows: Rows, grads: list[Tensor], grad_norm: Tensor, ascent: Tensor, hook: _Hook = None) -> None: ...
+def perturb_from_(rows: Rows, directions: list[Tensor], norm: Tensor, ascent: Tensor) -> None: ...
+def restore_(rows: Rows) -> None: ...
 def restore_step_(
-    base: str,
-    params: list[Tensor],
+    rows: Rows,
     grads: list[Tensor],
-    backups: list[Tensor | None],
-    state: list[Tensor],
-    steps: list[Tensor],
     hyper: Tensor,
-    run_sizes: list[int],
-    lr: list[Tensor | None],
+    lr: list[Tensor | None] = ...,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     hook: _Hook = None,
 ) -> None: ...
 def step_along_(
-    base: str,
-    params: list[Tensor],
+    rows: Rows,
     grads: list[Tensor],
-    state: list[Tensor],
-    steps: list[Tensor],
     hyper: Tensor,
     ascent: Tensor,
     moment: int,
-    run_sizes: list[int],
-    lr: list[Tensor | None],
+    lr: list[Tensor | None] = ...,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    hook: _Hook = None,
 ) -> Tensor: ...
 def gather(groups: list[list[Tensor]], /) -> tuple[list[Tensor], int, int]:
     """The gradients that are not None, a hash of what a plan depends on, and one of where the parameters lie."""
 
 def contents(state: dict[Any, Any], /) -> int:
-    """A hash of which objects a dictionary of dictionaries holds."""
+    """A hash of which objects a dictionary of dictionaries holds, and of the tensors' layout and memory."""
 
 def versions(lists: list[list[Tensor]], /) -> list[int]:
     """How often each tensor of each list was changed in place."""

@@ -52,7 +52,7 @@ def _place(p: Tensor) -> tuple[torch.device, Place | None]:
 class _Batch:
     """Parameters that go into one operator call, in runs of one group each, and what goes with them.
 
-    All have one ``place``. The operators see :meth:`local_params`; backups and state are held as this process's parts.
+    All have one ``place``. Backups and state are held as this process's parts.
     """
 
     def __init__(self, place: tuple[torch.device, Place | None], update: Update | None, perturbed: bool) -> None:
@@ -68,6 +68,7 @@ class _Batch:
         self.state: list[Tensor] = []
         self.steps: list[Tensor] = []
         self._packed: dict[Any, tuple[Any, Tensor]] = {}
+        self._rows: dict[str, _C.Rows] = {}
 
     def append(self, position: int, p: Tensor, like: Tensor, group: Group) -> None:
         """``like`` has the dtype of what will be at ``position`` in :meth:`pick`."""
@@ -88,9 +89,40 @@ class _Batch:
             return mine
         return [local_like(t, p) for t, p in zip(mine, self.params, strict=True)]
 
-    def local_params(self) -> list[Tensor]:
-        """What this process holds of the parameters; it may lie elsewhere in each step."""
-        return self.params if self.placement is None else [local(p) for p in self.params]
+    def rows_to_perturb(self) -> _C.Rows:
+        """To save and to move, or with no backups yet to measure."""
+        backups = cast("list[Tensor]", self.backups) or None
+        return self._kept("perturb", lambda params: _C.Rows(params, self.sizes, backups=backups))
+
+    def rows_to_update(self) -> _C.Rows:
+        """From the backup where there is one."""
+        return self._kept("update", lambda params: _C.Rows(params, self.sizes, saved=self.backups, **self._state()))
+
+    def rows_to_advance(self) -> _C.Rows:
+        """The backups themselves, of which there is one for each parameter."""
+        backups = cast("list[Tensor]", self.backups)
+        return self._kept("advance", lambda _: _C.Rows(backups, self.sizes, **self._state()))
+
+    def rows_to_follow(self) -> _C.Rows:
+        """From the backups."""
+        return self._kept("follow", lambda params: _C.Rows(params, self.sizes, saved=self.backups))
+
+    def _state(self) -> dict[str, Any]:
+        assert self.update is not None
+        return {"base": self.update.name, "state": self.state, "steps": self.steps}
+
+    def _kept(self, use: str, make: Callable[[list[Tensor]], _C.Rows]) -> _C.Rows:
+        """What is kept for ``use`` until :meth:`forget_rows`, or made of this process's part of the parameters."""
+        rows = self._rows.get(use)
+        if rows is None:
+            rows = make(self.params if self.placement is None else [local(p) for p in self.params])
+            if rows.lasting and self.placement is None:  # a DTensor's part may lie elsewhere in each step
+                self._rows[use] = rows
+        return rows
+
+    def forget_rows(self) -> None:
+        """To be called when something that they point to lies elsewhere, or has changed its layout."""
+        self._rows.clear()
 
     def mark_changed(self) -> None:
         """Count up the versions of DTensors; the operators do so for the tensors that they see."""
@@ -198,6 +230,7 @@ class _Plan:
     def __init__(self, groups: list[Group], updates: list[Update | None]) -> None:
         self.groups = list(groups)
         self.active: list[_Active] = []  # the parameters that have a gradient
+        self.memory: int | None = None  # where the parameters lie, as last checked
         self.ascent: list[_Batch] = []
         self.descent: list[_Batch] | None = None
         self.contents = 0  # of the base's state that `descent` was made from
@@ -217,6 +250,10 @@ class _Plan:
         self.ascent = list(ascent.values())
         self.composed = any(a.update is None for a in self.active)
 
+    def forget_rows(self) -> None:
+        for batch in [*self.ascent, *(self.descent or [])]:
+            batch.forget_rows()
+
 
 class Fused(Arithmetic):
     """SAM's arithmetic in one operator call for all the tensors of a device."""
@@ -225,7 +262,6 @@ class Fused(Arithmetic):
         extension()
         super().__init__(base)
         self._plans: dict[Hashable, _Plan] = {}
-        self._memory: int | None = None  # where the parameters lie, as last checked
         self._backups: dict[Tensor, Tensor] = {}
 
     # ---- the cached batches ----
@@ -235,15 +271,16 @@ class Fused(Arithmetic):
         groups = self.base.param_groups
         rhos = radii(groups)
         grads, layout, memory = _C.gather([group["params"] for group in groups])
-        if memory != self._memory:
-            check_memory(groups)
-            self._memory = memory
         updates = [native_update(self.base, group) for group in groups]
         key = (layout, tuple(map(id, groups)), tuple(updates), tuple(rho > 0 for rho in rhos))
         plan = self._plans.get(key)
         if plan is None:
             self._forget_replaced(groups)
             plan = self._plans[key] = _Plan(groups, updates)
+        if memory != plan.memory:
+            check_memory(groups)
+            plan.forget_rows()
+            plan.memory = memory
         return plan, grads
 
     def _forget_replaced(self, groups: list[Group]) -> None:
@@ -327,6 +364,7 @@ class Fused(Arithmetic):
         perturbed = [pair for batch in self.record or [] for pair in zip(batch.params, batch.backups, strict=True)]
         backup_of = {id(p): backup for p, backup in perturbed}
         for batch in plan.descent or []:
+            batch.forget_rows()
             batch.backups = [backup_of.pop(id(p), None) for p in batch.params]
         plan.leftover = [(p, backup) for p, backup in perturbed if id(p) in backup_of]
         plan.advances = self._can_advance(plan)
@@ -381,7 +419,7 @@ class Fused(Arithmetic):
         self, direction: Any, total: Tensor | None = None, grad_scale: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         squares = [
-            sum_over_shards(_C.grad_sq_norm(batch.local_params(), tensors, ascent, batch.sizes), batch.placement)
+            sum_over_shards(_C.grad_sq_norm(batch.rows_to_perturb(), tensors, ascent), batch.placement)
             for batch, tensors, ascent in direction
         ]
         return _norm(squares, [ascent for *_, ascent in direction], total, grad_scale), direction
@@ -391,10 +429,11 @@ class Fused(Arithmetic):
         record = self.record = []
         for batch, tensors, ascent in direction:
             if not batch.backups:
+                batch.forget_rows()
                 batch.backups = self._backups_of(batch.params)
             norm = values[NORM].to(batch.device)
             on_record = partial(record.append, batch)
-            _C.perturb_(batch.local_params(), tensors, batch.backups, norm, ascent, batch.sizes, hook=on_record)
+            _C.perturb_(batch.rows_to_perturb(), tensors, norm, ascent, hook=on_record)
             batch.mark_changed()
 
     def _perturbed(self) -> list[list[Tensor]]:
@@ -437,14 +476,9 @@ class Fused(Arithmetic):
         for batch in descent:
             assert batch.update is not None
             _C.restore_step_(
-                batch.update.name,
-                batch.local_params(),
+                batch.rows_to_update(),
                 batch.pick(grads),
-                batch.backups,
-                batch.state,
-                batch.steps,
                 batch.pack(batch.update.row),
-                batch.sizes,
                 *batch.scalars(grad_scale, found_inf),
                 hook=off_record if batch is descent[-1] else None,
             )
@@ -463,27 +497,24 @@ class Fused(Arithmetic):
         squares, ascents, moves = [], [], []
         for batch in plan.descent or []:
             assert batch.update is not None
-            name, row = batch.update.name, batch.pack(batch.update.row)
+            row = batch.pack(batch.update.row)
             scalars = batch.scalars(grad_scale, found_inf)
             mine = batch.pick(grads)
             if not batch.perturbed:
-                params, none = batch.local_params(), batch.backups
-                _C.restore_step_(name, params, mine, none, batch.state, batch.steps, row, batch.sizes, *scalars)
+                _C.restore_step_(batch.rows_to_update(), mine, row, *scalars)
                 batch.mark_changed()
                 continue
-            k, clean = batch.update.moment, cast("list[Tensor]", batch.backups)
+            k = batch.update.moment
             assert k is not None  # or the plan does not advance
             ascent = batch.pack(_moment_row)
             n = len(batch.params)
-            sq_norms = _C.step_along_(
-                name, clean, mine, batch.state, batch.steps, row, ascent, k, batch.sizes, *scalars
-            )
+            sq_norms = _C.step_along_(batch.rows_to_advance(), mine, row, ascent, k, *scalars)
             squares.append(sum_over_shards(sq_norms, batch.placement))
             ascents.append(ascent)
-            moves.append((batch, batch.state[k * n : (k + 1) * n], clean))
+            moves.append((batch, batch.state[k * n : (k + 1) * n]))
         norm = _norm(squares, ascents)[NORM]
-        for (batch, moments, clean), ascent in zip(moves, ascents, strict=True):
-            _C.perturb_from_(batch.local_params(), moments, clean, norm.to(batch.device), ascent, batch.sizes)
+        for (batch, moments), ascent in zip(moves, ascents, strict=True):
+            _C.perturb_from_(batch.rows_to_follow(), moments, norm.to(batch.device), ascent)
             batch.mark_changed()
 
 
@@ -516,5 +547,5 @@ def _restore(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Copy each backup to its parameter, which may have moved to another device since."""
     for device in {p.device for p, _ in pairs}:
         there = [(p, backup) for p, backup in pairs if p.device == device]
-        _C.restore_([local(p) for p, _ in there], [backup for _, backup in there])
+        _C.restore_(_C.Rows([local(p) for p, _ in there], [len(there)], saved=[backup for _, backup in there]))
         torch.autograd.graph.increment_version([p for p, _ in there if is_dtensor(p)])

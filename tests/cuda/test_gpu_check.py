@@ -65,9 +65,13 @@ class Drifting:
     def __getattr__(self, name):
         return getattr(_C, name)
 
-    def perturb_(self, params, *args, **hook):
-        _C.perturb_(params, *args, **hook)
-        params[0].add_(next(self.counter))
+    def Rows(self, params, *args, **lists):
+        self.first = params[0]
+        return _C.Rows(params, *args, **lists)
+
+    def perturb_(self, *args, **hook):
+        _C.perturb_(*args, **hook)
+        self.first.add_(next(self.counter))
 
 
 @pytest.mark.parametrize(("check", "message"), [("same_bits", "differs from run to run"), ("graph", "replays differ")])

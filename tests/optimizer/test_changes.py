@@ -155,7 +155,7 @@ def test_momentum_switched_on():
 
 
 @pytest.mark.parametrize("base", ["sgd_momentum", "adam_amsgrad"])
-@pytest.mark.parametrize("how", ["cleared", "replaced", "another tensor", "all cleared"])
+@pytest.mark.parametrize("how", ["cleared", "replaced", "another tensor", "other memory", "all cleared"])
 def test_state_that_is_replaced(base, how):
     """The next step goes on from what opt.state says, as torch.optim does."""
     base_cls, options = BASES[base]
@@ -175,7 +175,11 @@ def test_state_that_is_replaced(base, how):
                     o.state.clear()
                 else:
                     key = "momentum_buffer" if base == "sgd_momentum" else "exp_avg"
-                    o.state[params[1]][key] = torch.full_like(params[1], 2.0).detach()
+                    new = torch.full_like(params[1], 2.0).detach()
+                    if how == "other memory":
+                        o.state[params[1]][key].data = new
+                    else:
+                        o.state[params[1]][key] = new
         assert_same_state(opt, plain, 1e-12, f"step {step}")
     saved = opt.state_dict()["state"]
     assert all(saved[i].keys() == saved[0].keys() != set() for i in range(4))
@@ -312,6 +316,44 @@ def test_data_is_replaced(base):
             assert_near(p.detach(), q.detach(), 1e-12, f"step {step}")
 
 
+@pytest.mark.parametrize("of", ["parameter", "state"])
+def test_a_lazy_clone_is_left_alone(of):
+    """torch._lazy_clone shares the memory until one of the two is written to, which is seen in the storage alone."""
+    params = awkward(torch.float64)[:3]
+    opt = FusedSAM(params, torch.optim.Adam)
+    for seed in range(3):
+        sam_step(opt, seed)
+    mine = params[1] if of == "parameter" else opt.state[params[1]]["exp_avg"]
+    with torch.no_grad():
+        lazy = torch._lazy_clone(mine)
+    before = mine.detach().clone()
+    sam_step(opt, 9)
+    assert torch.equal(lazy, before)
+    assert not torch.equal(mine, before)
+
+
+def test_memory_that_is_given_back():
+    """A storage that is resized to nothing and back, as offloading does, lies elsewhere: same tensors, other memory."""
+    mine = [nn.Parameter(torch.randn(4096)) for _ in range(3)]
+    theirs = clones(mine)
+    opt, reference = FusedSAM(mine, torch.optim.Adam), ReferenceSAM(theirs, torch.optim.Adam)
+    kept = []
+    for seed in range(4):
+        for o, params in ((opt, mine), (reference, theirs)):
+            sam_step(o, seed)
+            for p in params:
+                for t in (p, o.state[p]["exp_avg_sq"]):
+                    values, storage = t.detach().clone(), t.untyped_storage()
+                    if storage.nbytes() != t.nbytes:  # one of several in a storage
+                        continue
+                    storage.resize_(0)
+                    kept.append(torch.full_like(values, torch.nan))  # takes the place
+                    storage.resize_(values.nbytes)
+                    t.detach().copy_(values)
+        for p, q in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 def test_module_to_dtype_while_perturbed():
     model = nn.Linear(6, 5)
     opt = FusedSAM(model.parameters())
@@ -356,6 +398,17 @@ def test_the_optimizer_is_freed_without_the_collector():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_an_optimizer_in_a_cycle_is_freed_by_the_collector():
+    """Such as an optimizer that one of its parameters holds."""
+    params = [nn.Parameter(torch.randn(5))]
+    opt = params[0].optimizer = FusedSAM(params)
+    sam_step(opt, 0)
+    gone = weakref.ref(params[0]), weakref.ref(opt)
+    del opt, params
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
 
 
 # ---- numbers ----

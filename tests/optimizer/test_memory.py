@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from sam_fused import _C, FusedSAM
+from sam_fused import FusedSAM
 from tests.helpers.cases import BASES, assert_near, assert_same_state, awkward, clones, generator, set_grads
+from tests.helpers.fronts import OPS
 from tests.helpers.place import on_the_cpu
 from tests.helpers.sam import both
 
@@ -239,8 +240,8 @@ def test_more_than_2_to_the_31_elements():
     g[-3:] = 1
     backup[-3:] = 5
     ascent = torch.tensor([[1.0, 0, 0]], dtype=torch.float64)
-    assert _C.grad_sq_norm([g], [g], ascent, [1]).item() == 3
+    assert OPS.grad_sq_norm([g], [g], ascent, [1]).item() == 3
     hyper = torch.tensor([[1.0, 0, 0, 0, 0]], dtype=torch.float64)
-    _C.restore_step_("sgd", [w], [g], [backup], [], [], hyper, [1], [])
+    OPS.restore_step_("sgd", [w], [g], [backup], [], [], hyper, [1], [])
     assert w[-4:].tolist() == [0, 4, 4, 4]
     assert w[: 1 << 20].count_nonzero() == 0

@@ -10,9 +10,9 @@ import torch
 from sam_fused import _C
 from sam_fused.bases import UPDATES
 from tests.helpers.cases import CHUNK, generator
+from tests.helpers.fronts import OPS, Kept
 from tests.helpers.place import DEVICE, on_the_cpu
 
-OPS = torch.ops.sam_fused
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -98,7 +98,7 @@ def test_opcheck(op, base):
 def test_both_front_ends_do_the_same(op, base, dtype):
     one, two = (arguments(op, base or "adam", dtype) for _ in range(2))
     result = getattr(OPS, op)(*one.values())
-    other = getattr(_C, op)(*two.values())
+    other = getattr(Kept, op)(*two.values())
     assert (result is None and other is None) or torch.equal(result, other)
     for name in one:
         for a, b in zip(tensors(one[name]), tensors(two[name]), strict=True):
@@ -119,7 +119,7 @@ MUTATED = {
 }
 
 
-@pytest.mark.parametrize("front", [OPS, _C], ids=["torch.ops", "_C"])
+@pytest.mark.parametrize("front", [OPS, Kept], ids=["torch.ops", "kept"])
 @pytest.mark.parametrize(("op", "base"), CALLS)
 def test_version_counters(op, base, front):
     args = arguments(op, base or "adam")
@@ -165,7 +165,7 @@ def everything(dtype, adaptive):
         args = arguments(op, base or "adam", dtype, SIZES)
         if "ascent" in args:
             args["ascent"] = ascent
-        result = getattr(_C, op)(*args.values())
+        result = getattr(Kept, op)(*args.values())
         out += tensors(result) + [t for value in args.values() for t in tensors(value)]
     return out
 
@@ -237,7 +237,7 @@ def test_every_instruction_set_is_at_one_on_extreme_numbers(op, base, dtype, ada
                 t[: n * n].copy_(grid[: t.numel()])
         if "ascent" in args:
             args["ascent"] = rows([0.1, 0.0, adaptive], [0.2, 0.1, adaptive])
-        result = getattr(_C, op)(*args.values())
+        result = getattr(Kept, op)(*args.values())
         results.append([result] * (result is not None) + [t for v in args.values() for t in tensors(v)])
     for other in results[1:]:
         for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
@@ -285,13 +285,13 @@ def test_step_along_is_the_step_and_the_norm(base, dtype, skipped, adaptive):
     ascent = along["ascent"] = rows([0.1, 0.0, adaptive], [0.2, 0.1, adaptive])
     plain["backups"] = [None for _ in SIZES]
     found_inf = torch.tensor(float(skipped))
-    sq_norms = _C.step_along_(**along, found_inf=found_inf)
-    _C.restore_step_(**plain, found_inf=found_inf)
+    sq_norms = Kept.step_along_(**along, found_inf=found_inf)
+    Kept.restore_step_(**plain, found_inf=found_inf)
     for name in ("params", "state", "steps"):
         assert all(torch.equal(a, b) for a, b in zip(along[name], plain[name], strict=True)), name
     n, k = len(SIZES), along["moment"]
     moments = plain["state"][k * n : (k + 1) * n]
-    assert torch.equal(sq_norms, _C.grad_sq_norm(plain["params"], moments, ascent, plain["run_sizes"]))
+    assert torch.equal(sq_norms, Kept.grad_sq_norm(plain["params"], moments, ascent, plain["run_sizes"]))
 
 
 @pytest.mark.parametrize("norm", [3.0, torch.inf])
@@ -300,8 +300,8 @@ def test_perturb_from_is_perturb_from_what_is_saved(dtype, norm):
     args = arguments("perturb_from_", dtype=dtype, sizes=SIZES)
     saved, params = args["saved"], [t.clone() for t in args["saved"]]
     backups = [torch.empty_like(t) for t in params]
-    _C.perturb_(params, args["directions"], backups, there(norm)[0], args["ascent"], args["run_sizes"])
-    _C.perturb_from_(**{**args, "norm": there(norm)[0]})
+    Kept.perturb_(params, args["directions"], backups, there(norm)[0], args["ascent"], args["run_sizes"])
+    Kept.perturb_from_(**{**args, "norm": there(norm)[0]})
     assert all(torch.equal(a, b) for a, b in zip(args["params"], params, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(saved, backups, strict=True))
 
@@ -309,7 +309,7 @@ def test_perturb_from_is_perturb_from_what_is_saved(dtype, norm):
 def test_norm_is_summed_in_float64():
     """A hundred million equal squares: float32 sums stop growing at 2^24 of them."""
     g = torch.full((1 << 25,), 1.0)
-    assert _C.grad_sq_norm([g], [g], rows([1.0, 0, 0]), [1]).item() == 1 << 25
+    assert Kept.grad_sq_norm([g], [g], rows([1.0, 0, 0]), [1]).item() == 1 << 25
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -319,17 +319,17 @@ def test_half_type_conversions(dtype):
     every = bits.view(dtype)
     w = every.clone()
     still = rows([0.0, 0, 0, 0, 0])
-    _C.restore_step_("sgd", [w], [torch.zeros_like(w)], [None], [], [], still, [1], [])
+    Kept.restore_step_("sgd", [w], [torch.zeros_like(w)], [None], [], [], still, [1], [])
     number = ~every.isnan()
     assert torch.equal(w.view(torch.int16)[number], bits[number])
     assert w[~number].isnan().all()
     g = generator(0)
     a, b = (every[torch.randint(0, 1 << 16, (1 << 20,), generator=g)] for _ in range(2))
     w = a.clone()
-    _C.restore_step_("sgd", [w], [b], [None], [], [], rows([1.0, 0, 0, 0, 0]), [1], [])
+    Kept.restore_step_("sgd", [w], [b], [None], [], [], rows([1.0, 0, 0, 0, 0]), [1], [])
     torch.testing.assert_close(w, (a.float() - b.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
     w = a.clone()
-    _C.restore_step_("sgd", [w], [b], [None], [], [], rows([2.0**-12, 0, 0, 0, 0]), [1], [])
+    Kept.restore_step_("sgd", [w], [b], [None], [], [], rows([2.0**-12, 0, 0, 0, 0]), [1], [])
     torch.testing.assert_close(w, (a.float() - 2.0**-12 * b.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -397,7 +397,7 @@ ERRORS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("front", [OPS, _C], ids=["torch.ops", "_C"])
+@pytest.mark.parametrize("front", [OPS, Kept], ids=["torch.ops", "kept"])
 @pytest.mark.parametrize(("op", "alter", "error", "message"), ERRORS)
 def test_errors(op, alter, error, message, front):
     args = alter(arguments(op))
@@ -411,4 +411,38 @@ def test_errors(op, alter, error, message, front):
 
 def test_not_a_tensor():
     with pytest.raises(TypeError, match="grads: expected a tensor"):
-        _C.grad_sq_norm(make(), [torch.ones(5), None], rows([0.1, 0, 0]), [2])
+        Kept.grad_sq_norm(make(), [torch.ones(5), None], rows([0.1, 0, 0]), [2])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r: _C.perturb_(r, make(), there(3.0)[0], rows([0.1, 0, 0])), "given backups to write"),
+        (lambda r: _C.perturb_from_(r, make(), there(3.0)[0], rows([0.1, 0, 0])), "given a backup for each parameter"),
+        (lambda r: _C.restore_step_(r, make(), rows([0.0] * 5)), "given the state of a base"),
+    ],
+)
+def test_rows_that_lack_what_an_operator_wants(call, message):
+    params = make()
+    with pytest.raises(RuntimeError, match=message):
+        call(_C.Rows(params, [2]))
+    assert all(torch.equal(a, b) for a, b in zip(params, make(), strict=True))
+
+
+def test_rows_last_unless_something_was_copied():
+    gaps = torch.zeros(6)[::2]
+    assert _C.Rows(make(), [2], backups=make(seed=1)).lasting
+    assert not _C.Rows([torch.zeros(5), gaps], [2]).lasting
+    assert not _C.Rows(make(), [2], saved=[None, gaps]).lasting
+
+
+def test_rows_that_are_kept_do_the_same_again():
+    """With other gradients each time, in another layout too, which are copied for the one call alone."""
+    params, grads = make(sizes=(6, 3)), make(sizes=(6, 3), seed=1)
+    kept = _C.Rows(params, [2], backups=make(sizes=(6, 3), seed=2))
+    every_second = torch.stack([grads[0], grads[0]], dim=1)[:, 0]
+    first, second, third = (
+        _C.grad_sq_norm(kept, g, rows([0.1, 0, 0])) for g in (grads, [every_second, grads[1]], [grads[0] * 2, grads[1]])
+    )
+    assert torch.equal(first, second)
+    assert third > first

@@ -29,14 +29,20 @@ def test_the_source_distribution_builds_by_itself(tmp_path):
 
 
 def test_the_stub_of_the_extension_names_what_it_has():
-    names = set()
+    names, functions = set(), []
     for node in ast.parse((ROOT / "sam_fused" / "_C.pyi").read_text()).body:
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.ClassDef):
             names.add(node.name)
-            arguments = getattr(_C, node.name).__doc__.partition("->")[0]  # which pybind11 writes
-            assert arguments.count(": ") == len([*node.args.posonlyargs, *node.args.args]), node.name
+            functions += [(node.name, f) for f in node.body if isinstance(f, ast.FunctionDef) and not f.decorator_list]
+        elif isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+            functions.append(("", node))
         elif isinstance(node, ast.AnnAssign):
             names.add(node.target.id)
+    for owner, node in functions:
+        written = getattr(getattr(_C, owner) if owner else _C, node.name).__doc__  # by pybind11
+        arguments = written.partition(") ->")[0]
+        assert arguments.count(": ") == len([*node.args.posonlyargs, *node.args.args]), node.name
     assert names == {name for name in dir(_C) if not name.startswith("__")}
 
 

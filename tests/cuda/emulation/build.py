@@ -28,7 +28,7 @@ def extension() -> ModuleType:
     folder.mkdir(parents=True, exist_ok=True)
     return load(
         "_C",
-        [str(p) for p in (CSRC / "ops.cpp", CSRC / "module.cpp", HERE / "backend.cpp")],
+        [str(p) for p in (CSRC / "rows.cpp", CSRC / "ops.cpp", CSRC / "module.cpp", HERE / "backend.cpp")],
         extra_cflags=FLAGS,
         extra_include_paths=[str(CSRC), str(HERE)],
         build_directory=str(folder),
