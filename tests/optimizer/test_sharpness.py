@@ -257,7 +257,8 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("first", [0, 1])
 def test_checkpointed_activations(first, reentrant):
-    model, batches = network().eval(), [(x.requires_grad_(first == 0), y) for x, y in images()]
+    model = network(torch.float64).eval()
+    batches = [(x.requires_grad_(first == 0), y) for x, y in images(torch.float64)]
     expected = all_kinds(model, batches)
     assert all_kinds(Checkpointed(model, first, reentrant), batches) == pytest.approx(expected, rel=1e-6)
     assert all(x.grad is None for x, _ in batches)
@@ -307,7 +308,7 @@ def test_gradients_of_every_form():
             return (self.table(i).mul(size) @ self.matrix).t().square()
 
     batches = [(torch.tensor([0, 3, 3]), torch.zeros(3)), (torch.tensor([1]), torch.zeros(1))]
-    values = [all_kinds(Forms(plain), batches, mean, 0.1) for plain in (False, True)]
+    values = [all_kinds(Forms(plain).double(), batches, mean, 0.1) for plain in (False, True)]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
@@ -333,7 +334,7 @@ def test_in_every_context():
 
 
 def test_a_compiled_model():
-    model, batches = network(), images()
+    model, batches = network(torch.float64), images(torch.float64)
     expected = all_kinds(model, batches)
     assert all_kinds(torch.compile(model, backend="aot_eager"), batches) == pytest.approx(expected, rel=1e-5)
 
