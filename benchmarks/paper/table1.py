@@ -67,7 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "large": {
         "width": {"resnet18": 16, "vgg16": 16},
-        "epochs": 60,
+        "epochs": 30,
         "batch_size": 128,
         "train_size": 10_000,
         "eval_size": 0,
