@@ -21,21 +21,16 @@ const Tensor& tensor_of(PyObject* object, const char* name) {
 }
 
 // Borrowed from a list or a tuple.
-sam::Refs refs(py::handle sequence, const char* name) {
-  sam::Refs out;
+template <class R>
+R refs(py::handle sequence, const char* name) {
+  R out;
   const Py_ssize_t n = PySequence_Fast_GET_SIZE(sequence.ptr());
   PyObject** const items = PySequence_Fast_ITEMS(sequence.ptr());
   out.reserve(n);
-  for (Py_ssize_t i = 0; i < n; ++i) out.push_back(&tensor_of(items[i], name));
-  return out;
-}
-
-sam::OptionalRefs optional_refs(py::handle sequence, const char* name) {
-  sam::OptionalRefs out;
-  const Py_ssize_t n = PySequence_Fast_GET_SIZE(sequence.ptr());
-  PyObject** const items = PySequence_Fast_ITEMS(sequence.ptr());
-  out.reserve(n);
-  for (Py_ssize_t i = 0; i < n; ++i) out.push_back(items[i] == Py_None ? nullptr : &tensor_of(items[i], name));
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    const bool none = std::is_same_v<R, sam::OptionalRefs> && items[i] == Py_None;
+    out.push_back(none ? nullptr : &tensor_of(items[i], name));
+  }
   return out;
 }
 
@@ -44,10 +39,10 @@ class Kept {
  public:
   Kept(const py::list& params, const std::vector<int64_t>& run_sizes, const std::optional<py::list>& backups,
        const std::optional<py::list>& saved, const std::string& base, const py::list& state, const py::list& steps)
-      : rows_(sam::Rows(hold<sam::Refs>(params, refs, "params"), run_sizes)) {
-    if (backups) rows_->backups(hold<sam::Refs>(*backups, refs, "backups"));
-    if (saved) rows_->saved(hold<sam::OptionalRefs>(*saved, optional_refs, "saved"), "saved");
-    if (!base.empty()) rows_->state(base, hold<sam::Refs>(state, refs, "state"), hold<sam::Refs>(steps, refs, "steps"));
+      : rows_(sam::Rows(hold<sam::Refs>(params, "params"), run_sizes)) {
+    if (backups) rows_->backups(hold<sam::Refs>(*backups, "backups"));
+    if (saved) rows_->saved(hold<sam::OptionalRefs>(*saved, "saved"), "saved");
+    if (!base.empty()) rows_->state(base, hold<sam::Refs>(state, "state"), hold<sam::Refs>(steps, "steps"));
   }
 
   sam::Rows& rows() {
@@ -81,8 +76,8 @@ class Kept {
   }
 
   template <class R>
-  R hold(const py::list& list, R (*refs_of)(py::handle, const char*), const char* name) {
-    return refs_of(held_.emplace_back(list), name);
+  R hold(const py::list& list, const char* name) {
+    return refs<R>(held_.emplace_back(list), name);
   }
 
   std::vector<py::tuple> held_;  // before rows_, whose making fills it
@@ -112,7 +107,7 @@ sam::Hook with_gil(const py::object& hook) {
 }
 
 Tensor grad_sq_norm(Kept& rows, const py::list& grads, const Tensor& ascent) {
-  const sam::Refs g = refs(grads, "grads");
+  const auto g = refs<sam::Refs>(grads, "grads");
   return without_gil([&] { return sam::grad_sq_norm(rows.rows(), g, ascent); });
 }
 
@@ -122,13 +117,13 @@ Tensor sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Scalar& to
 
 void perturb_(Kept& rows, const py::list& grads, const Tensor& grad_norm, const Tensor& ascent,
               const py::object& hook) {
-  const sam::Refs g = refs(grads, "grads");
+  const auto g = refs<sam::Refs>(grads, "grads");
   const sam::Hook begin = with_gil(hook);
   without_gil([&] { sam::perturb_(rows.rows(), g, grad_norm, ascent, begin); });
 }
 
 void perturb_from_(Kept& rows, const py::list& directions, const Tensor& norm, const Tensor& ascent) {
-  const sam::Refs d = refs(directions, "directions");
+  const auto d = refs<sam::Refs>(directions, "directions");
   without_gil([&] { sam::perturb_from_(rows.rows(), d, norm, ascent); });
 }
 
@@ -138,16 +133,16 @@ void restore_(Kept& rows) {
 
 void restore_step_(Kept& rows, const py::list& grads, const Tensor& hyper, const py::list& lr, const Scalar& grad_scale,
                    const Scalar& found_inf, const py::object& hook) {
-  const sam::Refs g = refs(grads, "grads");
-  const sam::OptionalRefs rates = optional_refs(lr, "lr");
+  const auto g = refs<sam::Refs>(grads, "grads");
+  const auto rates = refs<sam::OptionalRefs>(lr, "lr");
   const sam::Hook done = with_gil(hook);
   without_gil([&] { sam::restore_step_(rows.rows(), g, hyper, rates, grad_scale, found_inf, done); });
 }
 
 Tensor step_along_(Kept& rows, const py::list& grads, const Tensor& hyper, const Tensor& ascent, int64_t moment,
                    const py::list& lr, const Scalar& grad_scale, const Scalar& found_inf) {
-  const sam::Refs g = refs(grads, "grads");
-  const sam::OptionalRefs rates = optional_refs(lr, "lr");
+  const auto g = refs<sam::Refs>(grads, "grads");
+  const auto rates = refs<sam::OptionalRefs>(lr, "lr");
   return without_gil(
       [&] { return sam::step_along_(rows.rows(), g, hyper, ascent, moment, rates, grad_scale, found_inf); });
 }

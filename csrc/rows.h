@@ -27,8 +27,8 @@ void bump_versions(const Refs&);
 
 // Kernels see one dense layout a row: the parameter's own, or for a parameter that has gaps or the negative bit, that
 // of empty_like. What is only read and laid out otherwise is copied into it; such a parameter is copied in, and back by
-// written(). Gradients are given anew for each call. The rest may serve many calls, if it is lasting(), as long as
-// every tensor keeps its memory, layout, dtype and device.
+// params_written(). Gradients are given anew for each call. The rest may serve many calls, if it is lasting(), as long
+// as every tensor keeps its memory, layout, dtype and device.
 class Rows {
  public:
   using Copies = std::deque<at::Tensor>;
@@ -50,7 +50,7 @@ class Rows {
   [[nodiscard]] Copies grads(const Refs& grads, const char* name);
 
   const Table& table() const { return table_; }
-  const at::Tensor& like() const { return *params_[0]; }  // of the device of all
+  const at::Tensor& like() const { return *params_[0]; }  // whose device is that of all
   int64_t n_groups() const { return n_groups_; }
   int base() const;
   bool lasting() const { return copies_.empty(); }
@@ -58,7 +58,7 @@ class Rows {
   void check_backups() const;
   void check_all_saved() const;
 
-  // The parameters have been written, the backups, the state.
+  // To be called when they have been written: versions are counted up, and copied parameters copied back.
   void params_written() const;
   void backups_written() const { bump_versions(backups_); }
   void state_written() const;
