@@ -7,12 +7,13 @@ import gc
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,25 @@ def measure(
     return {**cell, "again": {"ms": second}} if again else cell
 
 
+def _end_with_the_parent() -> None:
+    """A worker whose parent was killed would go on, and disturb what is measured next."""
+
+    def watch() -> None:
+        parent = parent_process()
+        assert parent is not None  # this is a worker
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def alone(cell: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
     """cell(*arguments) in a process of its own: what cells before it left scattered over the heap is not there.
 
     A cell that was disturbed is measured anew, up to twice.
     """
     for _ in range(3):
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, get_context("spawn"), _end_with_the_parent) as pool:
             measured = pool.submit(cell, *arguments).result()
         if rounds(measured) < ROUNDS or not disturbed(measured):
             break

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 
@@ -64,6 +66,22 @@ def test_a_disturbed_cell_is_marked(ours, change, reason):
             timing.conclude([cell([10.0] * 20), c])
     else:
         timing.conclude([c])
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_benchmark_leaves_no_worker(how):
+    """It would keep a processor busy, and disturb the next one."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        cell = f"import socket, time; s = socket.create_connection({server.getsockname()!r}); time.sleep(600)"
+        program = f"from benchmarks.speed.timing import alone\nif __name__ == '__main__':\n    alone(exec, {cell!r})\n"
+        process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+        worker, _ = server.accept()
+    with worker:
+        worker.settimeout(60)
+        process.send_signal(how)
+        process.wait()
+        assert worker.recv(1) == b""  # the system has closed the worker's end
 
 
 @pytest.mark.skipif(timing.busy() is None, reason="/proc/stat does not tell")
