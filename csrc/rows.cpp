@@ -3,6 +3,8 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_like.h>
 
+#include <cstring>
+
 namespace sam {
 
 using at::Tensor;
@@ -80,6 +82,17 @@ void check_length(const Refs& list, const Refs& params, const char* name) {
               " tensors, one for each of params, got ", list.size());
 }
 
+// Of tensors one after the other that count their versions together, as views of one storage do, the first: counting up
+// a thousand by themselves takes longer than writing to small ones.
+Refs one_for_each_counter(const Refs& tensors) {
+  static_assert(sizeof(c10::VariableVersion) == sizeof(void*));  // a pointer to the count, which is all we compare
+  const auto counter = [](const Tensor* t) { return &t->unsafeGetTensorImpl()->version_counter(); };
+  Refs out;
+  for (const Tensor* t : tensors)
+    if (out.empty() || memcmp(counter(out.back()), counter(t), sizeof(void*)) != 0) out.push_back(t);
+  return out;
+}
+
 int find_base(std::string_view name) {
   int found = -1;
   for (int i = 0; i < static_cast<int>(std::tuple_size_v<Bases>); ++i)
@@ -128,10 +141,10 @@ Rows::Rows(Refs params, Sizes run_sizes)
     }
 }
 
-void Rows::backups(Refs backups) {
+void Rows::backups(const Refs& backups) {
   check_length(backups, params_, "backups");
   for (size_t i = 0; i < backups.size(); ++i) table_[i].backup = own(*backups[i], i, "backups");
-  backups_ = std::move(backups);
+  backups_ = one_for_each_counter(backups);
 }
 
 void Rows::saved(const Refs& backups, const char* name) {
@@ -149,7 +162,7 @@ void Rows::saved(const Refs& backups, const char* name) {
   }
 }
 
-void Rows::state(std::string_view base, Refs state, Refs steps) {
+void Rows::state(std::string_view base, const Refs& state, const Refs& steps) {
   const size_t n = params_.size();
   base_ = find_base(base);
   with_base(base_, [&](auto b) {
@@ -168,8 +181,8 @@ void Rows::state(std::string_view base, Refs state, Refs steps) {
     check_not_negated(step, "steps");
     table_[i].step = static_cast<float*>(step.data_ptr());
   }
-  state_ = std::move(state);
-  steps_ = std::move(steps);
+  state_ = one_for_each_counter(state);
+  steps_ = one_for_each_counter(steps);
 }
 
 Rows::Copies Rows::grads(const Refs& grads, const char* name) {

@@ -38,12 +38,12 @@ class Rows {
   Rows(Rows&&) = default;  // and no copy, which would write to the same parameters
 
   // To be written: each like its parameter.
-  void backups(Refs backups);
+  void backups(const Refs& backups);
   // To be read, null for a parameter that was not perturbed. The parameter may have changed its layout, dtype or device
   // since the backup was made.
   void saved(const Refs& backups, const char* name);
   // The lists of `base`'s state one after the other, and a step counter for each parameter if the base counts steps.
-  void state(std::string_view base, Refs state, Refs steps);
+  void state(std::string_view base, const Refs& state, const Refs& steps);
 
   // A tensor for each parameter, `name` in errors: the gradients, or what takes their place. The copies must live until
   // the call's work is queued.
@@ -68,7 +68,8 @@ class Rows {
   void* own(const at::Tensor& t, size_t i, const char* list) const;
 
   Table table_;
-  Refs params_, dense_, backups_, state_, steps_;
+  Refs params_, dense_;
+  Refs backups_, state_, steps_;  // one for each version counter
   Copies copies_;
   int64_t n_groups_;
   int base_ = -1;

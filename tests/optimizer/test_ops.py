@@ -131,6 +131,17 @@ def test_version_counters(op, base, front):
             assert (t._version > before) == (name in mutated), name
 
 
+@pytest.mark.parametrize("front", [OPS, Kept], ids=["torch.ops", "kept"])
+def test_version_counters_that_tensors_share(front):
+    """Views of one storage count together, once a call; the others beside them for themselves."""
+    params, grads = make(sizes=(5, 3, 4, 2)), make(sizes=(5, 3, 4, 2), seed=1)
+    storage = torch.zeros(9)
+    backups = [storage[:5], storage[5:8], torch.zeros(4), torch.zeros(2)]
+    front.perturb_(params, grads, backups, there(1.0)[0], rows([0.1, 0, 0]), [4])
+    assert [t._version for t in (*params, *backups)] == [1] * 8
+    assert all(torch.equal(a, b) for a, b in zip(backups, make(sizes=(5, 3, 4, 2)), strict=True))
+
+
 def test_autograd_notices_the_mutation():
     w = torch.ones(3, requires_grad=True)
     loss = (w * w).sum()
