@@ -13,7 +13,10 @@ from sam_fused.sharpness import KINDS
 from tests.helpers.networks import batch, fsdp, loss_of, uneven
 from tests.helpers.pair import full
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
+]
 LOSS = nn.functional.mse_loss
 RHO = 0.3
 

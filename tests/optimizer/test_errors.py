@@ -106,6 +106,7 @@ def test_a_wrapper_without_memory_is_refused():
         FusedSAM([p]).first_step()
 
 
+@pytest.mark.slow
 def test_missing_extension():
     """The first error is kept, and comes with the command that builds the extension."""
     program = (

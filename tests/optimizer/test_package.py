@@ -17,6 +17,7 @@ from sam_fused.fused import BUILD_COMMAND
 from tests.helpers.paths import ROOT
 
 
+@pytest.mark.slow
 def test_the_source_distribution_builds_by_itself(tmp_path):
     """It has every source, header and marker that the build and type checkers ask for."""
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "-d", str(tmp_path)]
@@ -46,6 +47,7 @@ def test_the_stub_of_the_extension_names_what_it_has():
     assert names == {name for name in dir(_C) if not name.startswith("__")}
 
 
+@pytest.mark.slow
 def test_the_reference_never_imports_the_extension():
     program = (
         "import sys, torch\n"

@@ -333,6 +333,7 @@ def test_in_every_context():
 # ---- models ----
 
 
+@pytest.mark.slow
 def test_a_compiled_model():
     model, batches = network(torch.float64), images(torch.float64)
     expected = all_kinds(model, batches)
