@@ -538,16 +538,19 @@ def finite(x: float) -> float | None:
 
 
 def save(path: Path, content: Any) -> None:
-    """torch.save (or text, or bytes) by rename: there is always a whole file."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as f:
-        if isinstance(content, str | bytes):
-            f.write(content.encode() if isinstance(content, str) else content)
-        else:
-            torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(path)
+    """torch.save (or text, or bytes) by rename: there is always a whole file, also where several processes save it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as f:
+            if isinstance(content, str | bytes):
+                f.write(content.encode() if isinstance(content, str) else content)
+            else:
+                torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,16 +15,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
+import train
+
 
 @contextmanager
 def figure(
     path: Path, rows: int, columns: int, *, size: tuple[float, float], dpi: int, **options: Any
 ) -> Iterator[tuple[plt.Figure, Any]]:
-    """A figure of ``size`` inches and its panels, as of plt.subplots; it is saved to ``path`` in the end."""
+    """A figure of ``size`` inches and its panels, as of plt.subplots; it is saved to ``path`` in the end, whole."""
     drawn, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
     try:
         yield drawn, panels
-        drawn.savefig(path, dpi=dpi)
+        image = io.BytesIO()
+        drawn.savefig(image, format=path.suffix[1:], dpi=dpi)
+        train.save(path, image.getvalue())
     finally:
         plt.close(drawn)
 

@@ -395,6 +395,25 @@ def torchrun(*args: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *args]
 
 
+def test_two_processes_may_save_the_same_file(tmp_path, monkeypatch):
+    """As those that share a sweep do with its report: one takes nothing away from the other, in the midst of it too."""
+    path, flush, rivals = tmp_path / "table.md", os.fsync, [os.getpid() + 1]
+
+    def with_a_rival(fd):
+        flush(fd)
+        if rivals:
+            rival = rivals.pop()
+            with monkeypatch.context() as m:
+                m.setattr(os, "getpid", lambda: rival)
+                train.save(path, "the rival's")
+            assert path.read_text() == "the rival's"
+
+    monkeypatch.setattr(os, "fsync", with_a_rival)
+    train.save(path, "mine")
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 RUNS = {
     "sgd": (1, ["--base", "sgd"]),
     "adam": (1, ["--base", "adam"]),
