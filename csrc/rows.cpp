@@ -165,14 +165,18 @@ void Rows::saved(const Refs& backups, const char* name) {
 void Rows::state(std::string_view base, const Refs& state, const Refs& steps) {
   const size_t n = params_.size();
   base_ = find_base(base);
+  bool counts_steps = false;
   with_base(base_, [&](auto b) {
     const size_t lists = b.states;
     TORCH_CHECK(state.size() == lists * n, "state: expected ", lists, " x ", n, " tensors, got ", state.size());
-    if (b.counts_steps) check_length(steps, params_, "steps");
+    counts_steps = b.counts_steps;
   });
   for (size_t k = 0; k * n < state.size(); ++k)
     for (size_t i = 0; i < n; ++i) table_[i].state[k] = own(*state[k * n + i], i, "state");
-  for (size_t i = 0; i < steps.size(); ++i) {
+  state_ = one_for_each_counter(state);
+  if (!counts_steps) return;
+  check_length(steps, params_, "steps");
+  for (size_t i = 0; i < n; ++i) {
     const Tensor& step = *steps[i];
     const bool there = same_kind(step, *dense_[i]) || step.device() == dense_[i]->device();
     TORCH_CHECK(there && step.scalar_type() == at::kFloat && step.numel() == 1, "steps[", i,
@@ -181,7 +185,6 @@ void Rows::state(std::string_view base, const Refs& state, const Refs& steps) {
     check_not_negated(step, "steps");
     table_[i].step = static_cast<float*>(step.data_ptr());
   }
-  state_ = one_for_each_counter(state);
   steps_ = one_for_each_counter(steps);
 }
 

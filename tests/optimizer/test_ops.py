@@ -420,6 +420,14 @@ def test_errors(op, alter, error, message, front):
     assert all(torch.equal(a, b) for a, b in zip(args.get("params", []), before, strict=False))
 
 
+@pytest.mark.parametrize("front", [OPS, Kept], ids=["torch.ops", "kept"])
+def test_steps_of_a_base_that_counts_none_are_left_alone(front):
+    args = arguments("restore_step_", "sgd")
+    args["steps"] = [torch.tensor(float(i)) for i in range(5)]  # more than there are parameters
+    front.restore_step_(**args)
+    assert [step.item() for step in args["steps"]] == [0, 1, 2, 3, 4]
+
+
 def test_not_a_tensor():
     with pytest.raises(TypeError, match="grads: expected a tensor"):
         Kept.grad_sq_norm(make(), [torch.ones(5), None], rows([0.1, 0, 0]), [2])
