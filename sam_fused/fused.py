@@ -89,33 +89,39 @@ class _Batch:
             return mine
         return [local_like(t, p) for t, p in zip(mine, self.params, strict=True)]
 
+    def _local_params(self) -> list[Tensor]:
+        """What this process holds of the parameters."""
+        return self.params if self.placement is None else [local(p) for p in self.params]
+
     def rows_to_perturb(self) -> _C.Rows:
         """To save and to move, or with no backups yet to measure."""
         backups = cast("list[Tensor]", self.backups) or None
-        return self._kept("perturb", lambda params: _C.Rows(params, self.sizes, backups=backups))
+        return self._kept("perturb", lambda: _C.Rows(self._local_params(), self.sizes, backups=backups))
 
     def rows_to_update(self) -> _C.Rows:
         """From the backup where there is one."""
-        return self._kept("update", lambda params: _C.Rows(params, self.sizes, saved=self.backups, **self._state()))
+        return self._kept(
+            "update", lambda: _C.Rows(self._local_params(), self.sizes, saved=self.backups, **self._state())
+        )
 
     def rows_to_advance(self) -> _C.Rows:
         """The backups themselves, of which there is one for each parameter."""
         backups = cast("list[Tensor]", self.backups)
-        return self._kept("advance", lambda _: _C.Rows(backups, self.sizes, **self._state()))
+        return self._kept("advance", lambda: _C.Rows(backups, self.sizes, **self._state()))
 
     def rows_to_follow(self) -> _C.Rows:
         """From the backups."""
-        return self._kept("follow", lambda params: _C.Rows(params, self.sizes, saved=self.backups))
+        return self._kept("follow", lambda: _C.Rows(self._local_params(), self.sizes, saved=self.backups))
 
     def _state(self) -> dict[str, Any]:
         assert self.update is not None
         return {"base": self.update.name, "state": self.state, "steps": self.steps}
 
-    def _kept(self, use: str, make: Callable[[list[Tensor]], _C.Rows]) -> _C.Rows:
-        """What is kept for ``use`` until :meth:`forget_rows`, or made of this process's part of the parameters."""
+    def _kept(self, use: str, make: Callable[[], _C.Rows]) -> _C.Rows:
+        """What is kept for ``use`` until :meth:`forget_rows`, or made anew."""
         rows = self._rows.get(use)
         if rows is None:
-            rows = make(self.params if self.placement is None else [local(p) for p in self.params])
+            rows = make()
             if rows.lasting and self.placement is None:  # a DTensor's part may lie elsewhere in each step
                 self._rows[use] = rows
         return rows
@@ -230,7 +236,6 @@ class _Plan:
     def __init__(self, groups: list[Group], updates: list[Update | None]) -> None:
         self.groups = list(groups)
         self.active: list[_Active] = []  # the parameters that have a gradient
-        self.memory: int | None = None  # where the parameters lie, as last checked
         self.ascent: list[_Batch] = []
         self.descent: list[_Batch] | None = None
         self.contents = 0  # of the base's state that `descent` was made from
@@ -262,6 +267,7 @@ class Fused(Arithmetic):
         extension()
         super().__init__(base)
         self._plans: dict[Hashable, _Plan] = {}
+        self._memory: int | None = None  # where the parameters lie, as last checked
         self._backups: dict[Tensor, Tensor] = {}
 
     # ---- the cached batches ----
@@ -271,17 +277,18 @@ class Fused(Arithmetic):
         groups = self.base.param_groups
         rhos = radii(groups)
         grads, layout, memory = _C.gather([group["params"] for group in groups])
+        if memory != self._memory:
+            check_memory(groups)
+            for plan in self._plans.values():
+                plan.forget_rows()
+            self._memory = memory
         updates = [native_update(self.base, group) for group in groups]
         key = (layout, tuple(map(id, groups)), tuple(updates), tuple(rho > 0 for rho in rhos))
-        plan = self._plans.get(key)
-        if plan is None:
+        found = self._plans.get(key)
+        if found is None:
             self._forget_replaced(groups)
-            plan = self._plans[key] = _Plan(groups, updates)
-        if memory != plan.memory:
-            check_memory(groups)
-            plan.forget_rows()
-            plan.memory = memory
-        return plan, grads
+            found = self._plans[key] = _Plan(groups, updates)
+        return found, grads
 
     def _forget_replaced(self, groups: list[Group]) -> None:
         """Let go of what was cached for parameters and groups that are not there any more, and of all if it is much."""

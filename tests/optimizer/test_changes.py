@@ -342,14 +342,11 @@ def test_memory_that_is_given_back():
         for o, params in ((opt, mine), (reference, theirs)):
             sam_step(o, seed)
             for p in params:
-                for t in (p, o.state[p]["exp_avg_sq"]):
-                    values, storage = t.detach().clone(), t.untyped_storage()
-                    if storage.nbytes() != t.nbytes:  # one of several in a storage
-                        continue
-                    storage.resize_(0)
-                    kept.append(torch.full_like(values, torch.nan))  # takes the place
-                    storage.resize_(values.nbytes)
-                    t.detach().copy_(values)
+                values, storage = p.detach().clone(), p.untyped_storage()
+                storage.resize_(0)
+                kept.append(torch.full_like(values, torch.nan))  # takes the place
+                storage.resize_(values.nbytes)
+                p.detach().copy_(values)
         for p, q in zip(mine, theirs, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
