@@ -34,15 +34,66 @@ R refs(py::handle sequence, const char* name) {
   return out;
 }
 
+// Gradients as gather() has found them. Python makes no objects of them, and those that fit are not checked again.
+class Gradients {
+ public:
+  void add(const Tensor& param, const Tensor& grad) {
+    const bool wrapper = grad.key_set().has(c10::DispatchKey::Python);
+    add(grad, !wrapper && sam::fits(grad, param) ? grad.const_data_ptr() : nullptr);
+  }
+
+  std::unique_ptr<Gradients> pick(const std::vector<size_t>& positions) const {
+    auto out = std::make_unique<Gradients>();
+    for (const size_t i : positions) out->add(held_.at(i), data_[i]);
+    return out;
+  }
+
+  py::list tensors() const {
+    py::list out;
+    for (const Tensor& t : held_) out.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(t)));
+    return out;
+  }
+
+  sam::Reads reads() const {
+    sam::Reads out;
+    out.reserve(held_.size());
+    for (size_t i = 0; i < held_.size(); ++i) out.push_back({&held_[i], data_[i]});
+    return out;
+  }
+
+  size_t size() const { return held_.size(); }
+
+ private:
+  void add(const Tensor& grad, const void* data) {
+    held_.push_back(grad);
+    data_.push_back(data);
+  }
+
+  std::vector<Tensor> held_;
+  std::vector<const void*> data_;
+};
+
+// Of Gradients, or of a list.
+sam::Reads reads(py::handle tensors, const char* name) {
+  if (py::isinstance<Gradients>(tensors)) return tensors.cast<const Gradients&>().reads();
+  if (!PyList_Check(tensors.ptr())) throw py::type_error(std::string(name) + ": expected a list of tensors");
+  sam::Reads out;
+  for (const Tensor* t : refs<sam::Refs>(tensors, name)) out.push_back({t});
+  return out;
+}
+
 // Rows, and the tensors that they point to.
 class Kept {
  public:
-  Kept(const py::list& params, const std::vector<int64_t>& run_sizes, const std::optional<py::list>& backups,
-       const std::optional<py::list>& saved, const std::string& base, const py::list& state, const py::list& steps)
-      : rows_(sam::Rows(hold<sam::Refs>(params, "params"), run_sizes)) {
-    if (backups) rows_->backups(hold<sam::Refs>(*backups, "backups"));
-    if (saved) rows_->saved(hold<sam::OptionalRefs>(*saved, "saved"), "saved");
-    if (!base.empty()) rows_->state(base, hold<sam::Refs>(state, "state"), hold<sam::Refs>(steps, "steps"));
+  static std::unique_ptr<Kept> make(const py::list& params, const std::vector<int64_t>& run_sizes,
+                                    const std::optional<py::list>& backups, const std::optional<py::list>& saved,
+                                    const std::string& base, const py::list& state, const py::list& steps) {
+    auto kept = std::make_unique<Kept>();
+    sam::Rows& rows = kept->rows_.emplace(kept->hold<sam::Refs>(params, "params"), run_sizes);
+    if (backups) rows.backups(kept->hold<sam::Refs>(*backups, "backups"));
+    if (saved) rows.saved(kept->hold<sam::OptionalRefs>(*saved, "saved"), "saved");
+    if (!base.empty()) rows.state(base, kept->hold<sam::Refs>(state, "state"), kept->hold<sam::Refs>(steps, "steps"));
+    return kept;
   }
 
   sam::Rows& rows() {
@@ -80,15 +131,9 @@ class Kept {
     return refs<R>(held_.emplace_back(list), name);
   }
 
-  std::vector<py::tuple> held_;  // before rows_, whose making fills it
+  std::vector<py::tuple> held_;
   std::optional<sam::Rows> rows_;
 };
-
-std::unique_ptr<Kept> make_rows(const py::list& params, const std::vector<int64_t>& run_sizes,
-                                const std::optional<py::list>& backups, const std::optional<py::list>& saved,
-                                const std::string& base, const py::list& state, const py::list& steps) {
-  return std::make_unique<Kept>(params, run_sizes, backups, saved, base, state, steps);
-}
 
 template <class F>
 auto without_gil(const F& f) {
@@ -106,8 +151,8 @@ sam::Hook with_gil(const py::object& hook) {
   };
 }
 
-Tensor grad_sq_norm(Kept& rows, const py::list& grads, const Tensor& ascent) {
-  const auto g = refs<sam::Refs>(grads, "grads");
+Tensor grad_sq_norm(Kept& rows, py::handle grads, const Tensor& ascent) {
+  const sam::Reads g = reads(grads, "grads");
   return without_gil([&] { return sam::grad_sq_norm(rows.rows(), g, ascent); });
 }
 
@@ -115,15 +160,14 @@ Tensor sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Scalar& to
   return without_gil([&] { return sam::sharpness_(sq_norms, ascent, total, grad_scale); });
 }
 
-void perturb_(Kept& rows, const py::list& grads, const Tensor& grad_norm, const Tensor& ascent,
-              const py::object& hook) {
-  const auto g = refs<sam::Refs>(grads, "grads");
+void perturb_(Kept& rows, py::handle grads, const Tensor& grad_norm, const Tensor& ascent, const py::object& hook) {
+  const sam::Reads g = reads(grads, "grads");
   const sam::Hook begin = with_gil(hook);
   without_gil([&] { sam::perturb_(rows.rows(), g, grad_norm, ascent, begin); });
 }
 
-void perturb_from_(Kept& rows, const py::list& directions, const Tensor& norm, const Tensor& ascent) {
-  const auto d = refs<sam::Refs>(directions, "directions");
+void perturb_from_(Kept& rows, py::handle directions, const Tensor& norm, const Tensor& ascent) {
+  const sam::Reads d = reads(directions, "directions");
   without_gil([&] { sam::perturb_from_(rows.rows(), d, norm, ascent); });
 }
 
@@ -131,17 +175,17 @@ void restore_(Kept& rows) {
   without_gil([&] { sam::restore_(rows.rows()); });
 }
 
-void restore_step_(Kept& rows, const py::list& grads, const Tensor& hyper, const py::list& lr, const Scalar& grad_scale,
+void restore_step_(Kept& rows, py::handle grads, const Tensor& hyper, const py::list& lr, const Scalar& grad_scale,
                    const Scalar& found_inf, const py::object& hook) {
-  const auto g = refs<sam::Refs>(grads, "grads");
+  const sam::Reads g = reads(grads, "grads");
   const auto rates = refs<sam::OptionalRefs>(lr, "lr");
   const sam::Hook done = with_gil(hook);
   without_gil([&] { sam::restore_step_(rows.rows(), g, hyper, rates, grad_scale, found_inf, done); });
 }
 
-Tensor step_along_(Kept& rows, const py::list& grads, const Tensor& hyper, const Tensor& ascent, int64_t moment,
+Tensor step_along_(Kept& rows, py::handle grads, const Tensor& hyper, const Tensor& ascent, int64_t moment,
                    const py::list& lr, const Scalar& grad_scale, const Scalar& found_inf) {
-  const auto g = refs<sam::Refs>(grads, "grads");
+  const sam::Reads g = reads(grads, "grads");
   const auto rates = refs<sam::OptionalRefs>(lr, "lr");
   return without_gil(
       [&] { return sam::step_along_(rows.rows(), g, hyper, ascent, moment, rates, grad_scale, found_inf); });
@@ -181,7 +225,7 @@ class Hash {
 // depends on: the parameters themselves, each one's layout, and whether it has a gradient and of which dtype. The
 // second is of where the parameters lie in memory.
 py::tuple gather(const py::list& groups) {
-  py::list grads;
+  auto grads = std::make_unique<Gradients>();
   Hash layout, memory;
   for (size_t g = 0; g < groups.size(); ++g) {
     const py::list params = groups[g];
@@ -197,10 +241,10 @@ py::tuple gather(const py::list& groups) {
       if (!grad.defined()) continue;
       TORCH_CHECK(grad.layout() == at::kStrided, "param_groups[", g, "]['params'][", i, "].grad: expected a dense ",
                   "gradient, got layout ", grad.layout(), "; sparse gradients are not supported");
-      grads.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(grad)));
+      grads->add(t, grad);
     }
   }
-  return py::make_tuple(grads, layout.value(), memory.value());
+  return py::make_tuple(std::move(grads), layout.value(), memory.value());
 }
 
 // A hash of which objects a dictionary of dictionaries holds, as an optimizer's state is one, and of the layout and
@@ -239,8 +283,12 @@ PYBIND11_MODULE(_C, m) {
   const auto def = [&m](const char* name, auto* f, const auto&... args) {
     m.def(name, torch::wrap_pybind_function(f), args...);
   };
+  py::class_<Gradients>(m, "Gradients")
+      .def("pick", &Gradients::pick, "positions"_a)
+      .def("tensors", &Gradients::tensors)
+      .def("__len__", &Gradients::size);
   py::class_<Kept>(m, "Rows", py::custom_type_setup(Kept::collect))
-      .def(py::init(torch::wrap_pybind_function(make_rows)), "params"_a, "run_sizes"_a, none("backups"), none("saved"),
+      .def(py::init(torch::wrap_pybind_function(Kept::make)), "params"_a, "run_sizes"_a, none("backups"), none("saved"),
            "base"_a = "", "state"_a = py::list(), "steps"_a = py::list())
       .def_property_readonly("lasting", [](Kept& kept) { return kept.rows().lasting(); });
   def("grad_sq_norm", grad_sq_norm, "rows"_a, "grads"_a, "ascent"_a);

@@ -105,7 +105,7 @@ std::vector<Rate> check_rates(const OptionalRefs& lr, int64_t n_groups, const at
 
 // ---- operators ----
 
-Tensor grad_sq_norm(Rows& rows, const Refs& grads, const Tensor& ascent) {
+Tensor grad_sq_norm(Rows& rows, const Reads& grads, const Tensor& ascent) {
   const Rows::Copies copies = rows.grads(grads, "grads");
   const int64_t n = rows.n_groups();
   const Ascent* groups = check_ascent(ascent, n);
@@ -128,7 +128,7 @@ Tensor sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Scalar& to
   return out;
 }
 
-void perturb_(Rows& rows, const Refs& grads, const Tensor& grad_norm, const Tensor& ascent, const Hook& begin) {
+void perturb_(Rows& rows, const Reads& grads, const Tensor& grad_norm, const Tensor& ascent, const Hook& begin) {
   const Rows::Copies copies = rows.grads(grads, "grads");
   rows.check_backups();
   const Ascent* groups = check_ascent(ascent, rows.n_groups());
@@ -140,7 +140,7 @@ void perturb_(Rows& rows, const Refs& grads, const Tensor& grad_norm, const Tens
   rows.backups_written();
 }
 
-void perturb_from_(Rows& rows, const Refs& directions, const Tensor& norm, const Tensor& ascent) {
+void perturb_from_(Rows& rows, const Reads& directions, const Tensor& norm, const Tensor& ascent) {
   const Rows::Copies copies = rows.grads(directions, "directions");
   rows.check_all_saved();
   const Ascent* groups = check_ascent(ascent, rows.n_groups());
@@ -158,7 +158,7 @@ void restore_(Rows& rows) {
 
 namespace {
 
-void update(Rows& rows, const Refs& grads, const Tensor& hyper, const OptionalRefs& lr, const Scalar& grad_scale,
+void update(Rows& rows, const Reads& grads, const Tensor& hyper, const OptionalRefs& lr, const Scalar& grad_scale,
             const Scalar& found_inf, const Along* along) {
   const Rows::Copies copies = rows.grads(grads, "grads");
   const double* values = nullptr;
@@ -181,13 +181,13 @@ void update(Rows& rows, const Refs& grads, const Tensor& hyper, const OptionalRe
 
 }  // namespace
 
-void restore_step_(Rows& rows, const Refs& grads, const Tensor& hyper, const OptionalRefs& lr, const Scalar& grad_scale,
-                   const Scalar& found_inf, const Hook& done) {
+void restore_step_(Rows& rows, const Reads& grads, const Tensor& hyper, const OptionalRefs& lr,
+                   const Scalar& grad_scale, const Scalar& found_inf, const Hook& done) {
   update(rows, grads, hyper, lr, grad_scale, found_inf, nullptr);
   if (done) done();
 }
 
-Tensor step_along_(Rows& rows, const Refs& grads, const Tensor& hyper, const Tensor& ascent, int64_t moment,
+Tensor step_along_(Rows& rows, const Reads& grads, const Tensor& hyper, const Tensor& ascent, int64_t moment,
                    const OptionalRefs& lr, const Scalar& grad_scale, const Scalar& found_inf) {
   const int64_t n = rows.n_groups();
   Tensor out = at::empty({n}, rows.like().options().dtype(at::kDouble).requires_grad(false));
@@ -210,6 +210,12 @@ Refs refs(const Tensors& list) {
   return out;
 }
 
+Reads reads(const Tensors& list) {
+  Reads out;
+  for (const Tensor& t : list) out.push_back({&t});
+  return out;
+}
+
 struct Opened {
   explicit Opened(const Optionals& list) : tensors(list.vec()) {
     for (const std::optional<Tensor>& t : tensors) refs.push_back(t.has_value() ? &*t : nullptr);
@@ -222,21 +228,21 @@ struct Opened {
 
 Tensor grad_sq_norm(const Tensors& params, const Tensors& grads, const Tensor& ascent, Sizes run_sizes) {
   Rows rows(refs(params), run_sizes);
-  return sam::grad_sq_norm(rows, refs(grads), ascent);
+  return sam::grad_sq_norm(rows, reads(grads), ascent);
 }
 
 void perturb_(const Tensors& params, const Tensors& grads, const Tensors& backups, const Tensor& grad_norm,
               const Tensor& ascent, Sizes run_sizes) {
   Rows rows(refs(params), run_sizes);
   rows.backups(refs(backups));
-  sam::perturb_(rows, refs(grads), grad_norm, ascent);
+  sam::perturb_(rows, reads(grads), grad_norm, ascent);
 }
 
 void perturb_from_(const Tensors& params, const Tensors& directions, const Tensors& saved, const Tensor& norm,
                    const Tensor& ascent, Sizes run_sizes) {
   Rows rows(refs(params), run_sizes);
   rows.saved(refs(saved), "saved");
-  sam::perturb_from_(rows, refs(directions), norm, ascent);
+  sam::perturb_from_(rows, reads(directions), norm, ascent);
 }
 
 void restore_(const Tensors& params, const Tensors& backups) {
@@ -251,7 +257,7 @@ void restore_step_(c10::string_view base, const Tensors& params, const Tensors& 
   Rows rows(refs(params), run_sizes);
   rows.saved(Opened(backups).refs, "backups");
   rows.state(base, refs(state), refs(steps));
-  sam::restore_step_(rows, refs(grads), hyper, Opened(lr).refs, grad_scale, found_inf);
+  sam::restore_step_(rows, reads(grads), hyper, Opened(lr).refs, grad_scale, found_inf);
 }
 
 Tensor step_along_(c10::string_view base, const Tensors& params, const Tensors& grads, const Tensors& state,
@@ -259,7 +265,7 @@ Tensor step_along_(c10::string_view base, const Tensors& params, const Tensors& 
                    const Optionals& lr, const Scalar& grad_scale, const Scalar& found_inf) {
   Rows rows(refs(params), run_sizes);
   rows.state(base, refs(state), refs(steps));
-  return sam::step_along_(rows, refs(grads), hyper, ascent, moment, Opened(lr).refs, grad_scale, found_inf);
+  return sam::step_along_(rows, reads(grads), hyper, ascent, moment, Opened(lr).refs, grad_scale, found_inf);
 }
 
 }  // namespace

@@ -20,6 +20,32 @@ void bump_versions(const Refs& tensors) {
 
 namespace {
 
+// Whether `t` has the kind of memory that `like` has: equal layout, bits and device. With a thousand small tensors the
+// checks are most of a step, so this and fits() are asked first, and what is amiss only where they are false.
+bool same_kind(const Tensor& t, const Tensor& like) {
+  return t.key_set() == like.key_set() && (t.is_cpu() || t.device() == like.device());
+}
+
+// Equal strides, but for dimensions of size 1, whose stride says nothing.
+bool same_strides(const Tensor& a, const Tensor& b) {
+  const Sizes sizes = a.sizes(), x = a.strides(), y = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (x[d] != y[d] && sizes[d] != 1) return false;
+  return true;
+}
+
+}  // namespace
+
+bool fits(const Tensor& t, const Tensor& like) {
+  if (!same_kind(t, like) || t.dtype() != like.dtype()) return false;
+  const Sizes sizes = t.sizes(), others = like.sizes();
+  bool same = sizes.size() == others.size();
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = sizes[d] == others[d];
+  return same && same_strides(t, like);
+}
+
+namespace {
+
 // ---- checks; each message names the tensor, what was expected and what came ----
 
 DType dtype_of(const Tensor& t, const char* list, size_t i) {
@@ -32,12 +58,6 @@ DType dtype_of(const Tensor& t, const char* list, size_t i) {
       TORCH_CHECK_TYPE(false, list, "[", i, "]: expected dtype float32, float64, bfloat16 or float16, got ",
                        t.scalar_type());
   }
-}
-
-// Whether `t` has the kind of memory that `like` has: equal layout, bits and device. With a thousand small tensors the
-// checks are most of a step, so this and fits() are asked first, and what is amiss only where they are false.
-bool same_kind(const Tensor& t, const Tensor& like) {
-  return t.key_set() == like.key_set() && (t.is_cpu() || t.device() == like.device());
 }
 
 void check_dense(const Tensor& t, const char* list, size_t i) {
@@ -60,24 +80,8 @@ void check_like(const Tensor& t, const Tensor& param, const char* list, size_t i
   TORCH_CHECK(t.sizes() == param.sizes(), list, "[", i, "]: expected shape ", param.sizes(), ", got ", t.sizes());
 }
 
-// Equal strides, but for dimensions of size 1, whose stride says nothing.
-bool same_strides(const Tensor& a, const Tensor& b) {
-  const Sizes sizes = a.sizes(), x = a.strides(), y = b.strides();
-  for (size_t d = 0; d < sizes.size(); ++d)
-    if (x[d] != y[d] && sizes[d] != 1) return false;
-  return true;
-}
-
-// Whether the memory of `t` can be used as that of `like`: of its kind, dtype, shape and strides.
-bool fits(const Tensor& t, const Tensor& like) {
-  if (!same_kind(t, like) || t.dtype() != like.dtype()) return false;
-  const Sizes sizes = t.sizes(), others = like.sizes();
-  bool same = sizes.size() == others.size();
-  for (size_t d = 0; same && d < sizes.size(); ++d) same = sizes[d] == others[d];
-  return same && same_strides(t, like);
-}
-
-void check_length(const Refs& list, const Refs& params, const char* name) {
+template <class List>
+void check_length(const List& list, const Refs& params, const char* name) {
   TORCH_CHECK(list.size() == params.size(), name, ": expected ", params.size(),
               " tensors, one for each of params, got ", list.size());
 }
@@ -188,13 +192,18 @@ void Rows::state(std::string_view base, const Refs& state, const Refs& steps) {
   steps_ = one_for_each_counter(steps);
 }
 
-Rows::Copies Rows::grads(const Refs& grads, const char* name) {
+Rows::Copies Rows::grads(const Reads& grads, const char* name) {
   check_length(grads, params_, name);
   Copies copies;
   for (size_t i = 0; i < grads.size(); ++i) {
-    const bool fit = fits(*grads[i], *dense_[i]);
-    if (!fit) check_like(*grads[i], *params_[i], name, i);
-    table_[i].grad = laid_out(*grads[i], fit, i, name, copies);
+    const auto [grad, data] = grads[i];
+    if (data && dense_[i] == params_[i]) {
+      table_[i].grad = data;
+      continue;
+    }
+    const bool fit = fits(*grad, *dense_[i]);
+    if (!fit) check_like(*grad, *params_[i], name, i);
+    table_[i].grad = laid_out(*grad, fit, i, name, copies);
   }
   return copies;
 }

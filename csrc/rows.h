@@ -19,6 +19,18 @@ struct OptionalRefs : Refs {
 };
 using Sizes = at::IntArrayRef;
 
+// A tensor that a call reads. `data` is its memory where it is known to fit its parameter's, so that nothing is left to
+// check; null where it is not.
+struct Read {
+  const at::Tensor* tensor;
+  const void* data = nullptr;
+};
+using Reads = std::vector<Read>;
+
+// Whether `t` is laid out as `like` is, and of its dtype and device: kernels may see the memory of the one beside that
+// of the other.
+bool fits(const at::Tensor& t, const at::Tensor& like);
+
 // The memory of a tensor with the negative bit (the imaginary part of a conjugate) is not what it says.
 void check_not_negated(const at::Tensor&, const char* name);
 
@@ -48,7 +60,7 @@ class Rows {
 
   // A tensor for each parameter, `name` in errors: the gradients, or what takes their place. The copies must live until
   // the call's work is queued.
-  [[nodiscard]] Copies grads(const Refs& grads, const char* name);
+  [[nodiscard]] Copies grads(const Reads& grads, const char* name);
 
   const Table& table() const { return table_; }
   const at::Tensor& like() const { return *params_[0]; }  // whose device is that of all

@@ -14,6 +14,15 @@ _Hook = Callable[[], object] | None
 
 has_cuda: bool
 
+class Gradients:
+    """Gradients as :func:`gather` has found them; operators take them, or a list, for ``grads``."""
+
+    def pick(self, positions: list[int]) -> Gradients: ...
+    def tensors(self) -> list[Tensor]: ...
+    def __len__(self) -> int: ...
+
+_Reads = Gradients | list[Tensor]
+
 class Rows:
     """What an operator works on, checked: parameters, and for each what the operator wants beside its gradient.
 
@@ -35,16 +44,16 @@ class Rows:
     def lasting(self) -> bool:
         """Whether they can be used again, as long as no tensor changes its memory, layout, dtype or device."""
 
-def grad_sq_norm(rows: Rows, grads: list[Tensor], ascent: Tensor) -> Tensor: ...
+def grad_sq_norm(rows: Rows, grads: _Reads, ascent: Tensor) -> Tensor: ...
 def sharpness_(
     sq_norms: Tensor, ascent: Tensor, total: Tensor | None = None, grad_scale: Tensor | None = None
 ) -> Tensor: ...
-def perturb_(rows: Rows, grads: list[Tensor], grad_norm: Tensor, ascent: Tensor, hook: _Hook = None) -> None: ...
-def perturb_from_(rows: Rows, directions: list[Tensor], norm: Tensor, ascent: Tensor) -> None: ...
+def perturb_(rows: Rows, grads: _Reads, grad_norm: Tensor, ascent: Tensor, hook: _Hook = None) -> None: ...
+def perturb_from_(rows: Rows, directions: _Reads, norm: Tensor, ascent: Tensor) -> None: ...
 def restore_(rows: Rows) -> None: ...
 def restore_step_(
     rows: Rows,
-    grads: list[Tensor],
+    grads: _Reads,
     hyper: Tensor,
     lr: list[Tensor | None] = ...,
     grad_scale: Tensor | None = None,
@@ -53,7 +62,7 @@ def restore_step_(
 ) -> None: ...
 def step_along_(
     rows: Rows,
-    grads: list[Tensor],
+    grads: _Reads,
     hyper: Tensor,
     ascent: Tensor,
     moment: int,
@@ -61,7 +70,7 @@ def step_along_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> Tensor: ...
-def gather(groups: list[list[Tensor]], /) -> tuple[list[Tensor], int, int]:
+def gather(groups: list[list[Tensor]], /) -> tuple[Gradients, int, int]:
     """The gradients that are not None, a hash of what a plan depends on, and one of where the parameters lie."""
 
 def contents(state: dict[Any, Any], /) -> int:

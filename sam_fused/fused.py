@@ -61,7 +61,7 @@ class _Batch:
         self.perturbed = perturbed  # whether its groups have a rho
         self.params: list[Tensor] = []
         self.positions: list[int] = []
-        self.casts = False  # whether a tensor that is picked has another dtype than its parameter
+        self.casts = False  # whether a gradient or moment has another dtype than its parameter
         self.groups: list[Group] = []  # of each run
         self.sizes: list[int] = []
         self.backups: list[Tensor | None] = []
@@ -71,7 +71,7 @@ class _Batch:
         self._rows: dict[str, _C.Rows] = {}
 
     def append(self, position: int, p: Tensor, like: Tensor, group: Group) -> None:
-        """``like`` has the dtype of what will be at ``position`` in :meth:`pick`."""
+        """``like`` has the dtype of the gradient or moment that will be at ``position`` among all of them."""
         self.params.append(p)
         self.positions.append(position)
         self.casts |= like.dtype != p.dtype
@@ -80,14 +80,18 @@ class _Batch:
             self.sizes.append(0)
         self.sizes[-1] += 1
 
-    def pick(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Of gradients or moments, those of this batch's parameters, as the operators want them."""
-        mine = tensors if len(tensors) == len(self.positions) else [tensors[i] for i in self.positions]
+    def pick(self, grads: _C.Gradients) -> _C.Gradients | list[Tensor]:
+        """Those of this batch's parameters, as the operators want them."""
+        mine = grads if len(grads) == len(self.positions) else grads.pick(self.positions)
+        return self.fitted(mine.tensors()) if self.casts or self.placement is not None else mine
+
+    def fitted(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Gradients or moments of this batch's parameters, in their dtype, and of DTensors this process's parts."""
         if self.casts:
-            mine = [t.to(p.dtype) for t, p in zip(mine, self.params, strict=True)]
+            tensors = [t.to(p.dtype) for t, p in zip(tensors, self.params, strict=True)]
         if self.placement is None:
-            return mine
-        return [local_like(t, p) for t, p in zip(mine, self.params, strict=True)]
+            return tensors
+        return [local_like(t, p) for t, p in zip(tensors, self.params, strict=True)]
 
     def _local_params(self) -> list[Tensor]:
         """What this process holds of the parameters."""
@@ -272,7 +276,7 @@ class Fused(Arithmetic):
 
     # ---- the cached batches ----
 
-    def _gather(self) -> tuple[_Plan, list[Tensor]]:
+    def _gather(self) -> tuple[_Plan, _C.Gradients]:
         """The present gradients, and the batches that fit them."""
         groups = self.base.param_groups
         rhos = radii(groups)
@@ -420,7 +424,10 @@ class Fused(Arithmetic):
                 if moment is not None:
                     _batch_for(batches, p).append(len(moments), p, moment, group)
                     moments.append(moment)
-        return [(batch, batch.pick(moments), batch.pack(_moment_row)) for batch in batches.values()]
+        return [
+            (batch, batch.fitted([moments[i] for i in batch.positions]), batch.pack(_moment_row))
+            for batch in batches.values()
+        ]
 
     def measure(
         self, direction: Any, total: Tensor | None = None, grad_scale: Tensor | None = None
@@ -454,7 +461,7 @@ class Fused(Arithmetic):
             _restore(list(zip(batch.params, batch.backups, strict=True)))
         self.record = None
 
-    def _descent(self) -> tuple[_Plan, list[Tensor]]:
+    def _descent(self) -> tuple[_Plan, _C.Gradients]:
         """The plan of an update and the gradients."""
         plan, grads = self._gather()
         if plan.composed:
