@@ -15,7 +15,7 @@ from tests.helpers.sam import assert_untouched, both, snapshot
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_restore_is_bit_exact_and_in_place(cls, dtype):
     params = awkward(dtype)
-    opt = cls(params, rho=3.0)
+    opt = cls(params, rho=30.0)
     before = snapshot(params)
     set_grads(params, 0)
     opt.first_step()
