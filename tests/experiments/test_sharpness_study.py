@@ -14,9 +14,8 @@ from benchmarks.paper import table1
 
 pytestmark = pytest.mark.slow
 
-# ResNet-18 in channels_last of width 2 or 4 corrupts the heap in torch 2.14.1's oneDNN on AVX2.
 TINY = "--dataset digits --train-size 60 --width 8 --epochs 3 --batch-size 30 --eval-size 50 --threads 1 --seeds 0"
-TINY += " --methods base sam msam"
+TINY += " --archs vgg16 --methods base sam msam"
 
 
 def test_the_study_of_a_sweep(tmp_path, capsys):
@@ -24,7 +23,7 @@ def test_the_study_of_a_sweep(tmp_path, capsys):
     flags = ["--runs", str(tmp_path), "--threads", "1"]
     assert study.main([*flags, "--images", "60", "--every", "2", "--directions", "2"]) == 0
     held = json.loads((tmp_path / "sharpness.json").read_text())
-    assert len(held) == 12
+    assert len(held) == 6
     rows = held["vgg16-adam-0"]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     by_rho = {row["rho"]: row for row in rows[-1]["by_rho"]}
