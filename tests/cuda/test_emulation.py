@@ -69,7 +69,11 @@ BUGS = {
 
 
 def run(program: Future[Path], order: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    options = {"EMULATION_ORDER": order, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    options = {
+        "EMULATION_ORDER": order,
+        "ASAN_OPTIONS": "detect_stack_use_after_return=0",
+        "TSAN_OPTIONS": "halt_on_error=1",
+    }
     command = [program.result(), *arguments]
     environment = {**os.environ, **options, "SAM_BASES": entries(), **environment}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
