@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sam_fused.bases import NATIVE
+from tests.helpers.dtypes import FULL
 from tests.helpers.place import DEVICE
 
 CHUNK = 1 << 14  # elements a chunk, as in csrc/cpu.cpp
@@ -51,6 +56,41 @@ def awkward(dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:
         randn(0, 3),
     ]
     return [nn.Parameter(t) for t in tensors]
+
+
+def awkward_groups(dtype: torch.dtype) -> list[dict[str, Any]]:
+    """The same in four groups, the second of which rests."""
+    params = awkward(dtype)
+    return [
+        {"params": params[:5]},
+        {"params": params[5:8], "rho": 0.0, "lr": 0.02},
+        {"params": params[8:11], "rho": 0.2, "eta": 0.1},
+        {"params": params[11:]},
+    ]
+
+
+def mixed_dtypes() -> list[nn.Parameter]:
+    """Parameters of all dtypes in a random order."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+    params = [p for i, dtype in enumerate(dtypes) for p in awkward(dtype, seed=i)[:9]]
+    return [params[i] for i in torch.randperm(len(params), generator=generator(0)).tolist()]
+
+
+def drawn_groups(draw: Callable[..., Any], rhos: Sequence[float]) -> list[dict[str, Any]]:
+    """Any number of groups and tensors of one dtype, by hypothesis."""
+    dtype = draw(st.sampled_from(FULL))
+    shape = st.lists(st.integers(0, 9), min_size=0, max_size=4)
+    g = generator(draw(st.integers(0, 99)))
+    groups = []
+    for _ in range(draw(st.integers(1, 3))):
+        params = []
+        for sizes in draw(st.lists(shape, min_size=1, max_size=5)):
+            t = torch.randn(sizes, generator=g, dtype=torch.float64).to(dtype)
+            if draw(st.booleans()):
+                t = t.permute(draw(st.permutations(range(t.dim()))))
+            params.append(nn.Parameter(t))
+        groups.append({"params": params, "rho": draw(st.sampled_from(rhos)), "adaptive": draw(st.booleans())})
+    return groups
 
 
 def clones(params: list[nn.Parameter]) -> list[nn.Parameter]:

@@ -239,13 +239,13 @@ def test_fsdp2_shards_are_perturbed_and_restored_in_place(pair):
     pair(fsdp_restores)
 
 
-def fsdp_checkpoint(folder) -> None:
+def fsdp_checkpoint(cls, folder) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     def fresh():
         model = fsdp()
-        return model, FusedSAM(model.parameters(), torch.optim.Adam, model=model, **OPTIONS)
+        return model, cls(model.parameters(), torch.optim.Adam, model=model, **OPTIONS)
 
     model, opt = fresh()
     for step in range(2):
@@ -269,8 +269,9 @@ def fsdp_checkpoint(folder) -> None:
                 assert torch.equal(full(resumed.state[q][key]), full(value)), key
 
 
-def test_fsdp2_goes_on_from_a_distributed_checkpoint(pair, tmp_path):
-    pair(fsdp_checkpoint, str(tmp_path))
+@pytest.mark.parametrize("cls", [FusedSAM, FusedMSAM])
+def test_fsdp2_goes_on_from_a_distributed_checkpoint(cls, pair, tmp_path):
+    pair(fsdp_checkpoint, cls, str(tmp_path))
 
 
 def fsdp_overflow() -> None:
@@ -429,33 +430,3 @@ def averaged(bucket):
 
 def test_one_pass_has_one_all_reduce_a_step(pair):
     assert pair(one_pass_communicates_once) == [3, 3]
-
-
-def one_pass_checkpoint(folder) -> None:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    def fresh():
-        model = fsdp()
-        return model, FusedMSAM(model.parameters(), torch.optim.Adam, model=model, **OPTIONS)
-
-    model, opt = fresh()
-    for step in range(2):
-        take_step(opt, model, *shard(step, dist.get_rank()))
-    weights, state = get_state_dict(model, opt)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
-    other, resumed = fresh()
-    weights, state = get_state_dict(other, resumed)
-    held = {"model": weights, "optimizer": state}
-    dcp.load(held, checkpoint_id=folder)
-    set_state_dict(other, resumed, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
-    for step in range(2, 5):
-        for m, o in ((model, opt), (other, resumed)):
-            backward(o, m, *shard(step, dist.get_rank()))
-            o.step()
-        for p, q in zip(model.parameters(), other.parameters(), strict=True):
-            assert torch.equal(p.to_local(), q.to_local())
-
-
-def test_one_pass_goes_on_from_a_distributed_checkpoint(pair, tmp_path):
-    pair(one_pass_checkpoint, str(tmp_path))

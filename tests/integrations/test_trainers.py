@@ -359,11 +359,13 @@ def test_accelerate_accumulates(accelerator):
     assert_same(accelerator.unwrap_model(model), plain_loop(accumulate=3))
 
 
-def test_accelerate_resumes(accelerator, tmp_path):
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_accelerate_resumes(one_pass, accelerator, tmp_path):
     ends = []
     for resumed in (False, True):
         model = perceptron(3)
-        model, opt, scheduler, loader = accelerator.prepare(model, *make(model), LOADER)
+        made = make_one_pass(model) if one_pass else make(model)
+        model, opt, scheduler, loader = accelerator.prepare(model, *made, LOADER)
         for epoch in range(EPOCHS):
             if resumed and epoch == 0:
                 accelerator.load_state(tmp_path)
@@ -381,7 +383,7 @@ def test_accelerate_resumes(accelerator, tmp_path):
         ends.append(model)
         accelerator.free_memory()
     for model in ends:
-        assert_same(accelerator.unwrap_model(model), plain_loop())
+        assert_same(accelerator.unwrap_model(model), plain_one_pass_loop() if one_pass else plain_loop())
 
 
 def test_accelerates_wrapper_hides_first_step(accelerator):
@@ -458,28 +460,6 @@ def test_accelerate_accumulates_in_one_pass(accelerator):
                 scheduler.step()
                 opt.zero_grad()
     assert_same(accelerator.unwrap_model(model), plain_one_pass_loop(accumulate=3))
-
-
-def test_accelerate_resumes_in_one_pass(accelerator, tmp_path):
-    ends = []
-    for resumed in (False, True):
-        model = perceptron(3)
-        model, opt, scheduler, loader = accelerator.prepare(model, *make_one_pass(model), LOADER)
-        for epoch in range(EPOCHS):
-            if resumed and epoch == 0:
-                accelerator.load_state(tmp_path)
-                continue
-            for x, y in loader:
-                opt.zero_grad()
-                accelerator.backward(cross_entropy(model(x), y))
-                opt.step()
-                scheduler.step()
-            if not resumed and epoch == 0:
-                accelerator.save_state(tmp_path)
-        ends.append(model)
-        accelerator.free_memory()
-    for model in ends:
-        assert_same(accelerator.unwrap_model(model), plain_one_pass_loop())
 
 
 # ---- timm ----

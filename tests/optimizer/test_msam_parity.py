@@ -12,7 +12,7 @@ from torch import nn
 
 from sam_fused import FusedMSAM, ReferenceMSAM
 from sam_fused.bases import MOMENTS
-from tests.helpers.cases import BASES, awkward, generator, set_grads
+from tests.helpers.cases import BASES, awkward, awkward_groups, drawn_groups, mixed_dtypes, set_grads
 from tests.helpers.dtypes import FULL, HALF
 from tests.helpers.sam import lockstep_in_one_pass
 
@@ -38,15 +38,10 @@ adaptive = pytest.mark.parametrize("adaptive", [False, True], ids=["msam", "adap
 @pytest.mark.parametrize("dtype", FULL, ids=str)
 def test_awkward_lists(dtype, base, adaptive):
     cls, options = WITH_MOMENT[base]
-    params = awkward(dtype)
-    groups = [
-        {"params": params[:5]},
-        {"params": params[5:8], "rho": 0.0, "lr": 0.02},
-        {"params": params[8:11], "rho": 0.2, "eta": 0.1},
-        {"params": params[11:]},
-    ]
     skips = [frozenset()] * 4 + [frozenset({0, 6}), frozenset({3, 10})]
-    lockstep_in_one_pass(groups, cls, options, skips=skips, rho=0.5, adaptive=adaptive, eta=0.01 if adaptive else 0.0)
+    lockstep_in_one_pass(
+        awkward_groups(dtype), cls, options, skips=skips, rho=0.5, adaptive=adaptive, eta=0.01 if adaptive else 0.0
+    )
 
 
 @adaptive
@@ -61,11 +56,8 @@ def test_half_types_to_one_rounding(dtype, base, adaptive):
 @pytest.mark.parametrize("base", ["sgd_momentum", "adam"])
 def test_mixed_dtypes(base):
     cls, options = WITH_MOMENT[base]
-    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-    params = [p for i, dtype in enumerate(dtypes) for p in awkward(dtype, seed=i)[:9]]
-    order = torch.randperm(len(params), generator=generator(0)).tolist()
     options = {**options, "eps": 1e-4} if base == "adam" else options
-    lockstep_in_one_pass([{"params": [params[i] for i in order]}], cls, options, steps=6, rho=0.5)
+    lockstep_in_one_pass([{"params": mixed_dtypes()}], cls, options, steps=6, rho=0.5)
 
 
 @given(data=st.data())
@@ -74,20 +66,8 @@ def test_drawn_lists(data):
     """Any number of groups and tensors, options and gaps in the gradients."""
     draw = data.draw
     cls, options = WITH_MOMENT[draw(st.sampled_from(sorted(WITH_MOMENT)))]
-    dtype = draw(st.sampled_from(FULL))
-    shape = st.lists(st.integers(0, 9), min_size=0, max_size=4)
-    g = generator(draw(st.integers(0, 99)))
-    groups, n = [], 0
-    for _ in range(draw(st.integers(1, 3))):
-        params = []
-        for sizes in draw(st.lists(shape, min_size=1, max_size=5)):
-            t = torch.randn(sizes, generator=g, dtype=torch.float64).to(dtype)
-            if draw(st.booleans()):
-                t = t.permute(draw(st.permutations(range(t.dim()))))
-            params.append(nn.Parameter(t))
-        n += len(params)
-        rho = draw(st.sampled_from([0.0, 0.5, 2.0]))
-        groups.append({"params": params, "rho": rho, "adaptive": draw(st.booleans())})
+    groups = drawn_groups(draw, [0.0, 0.5, 2.0])
+    n = sum(len(group["params"]) for group in groups)
     skips = draw(st.lists(st.frozensets(st.integers(0, n - 1), max_size=n), max_size=3))
     lockstep_in_one_pass(groups, cls, options, steps=7, skips=skips, rho=0.5, eta=draw(st.sampled_from([0.0, 0.1])))
 
