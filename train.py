@@ -587,6 +587,8 @@ def open_run(s: Settings, resume: bool) -> dict[str, Any] | None:
                 if held.get(name, value) != value:
                     raise RunError(f"--resume: {out} was run with {name} = {held.get(name)!r}, not {value!r}")
         out.mkdir(parents=True, exist_ok=True)
+        for part in out.glob("*.part"):  # of a save that was killed
+            part.unlink()
         save(config, json.dumps({"settings": settings, "environment": environment(s.device)}, indent=2) + "\n")
     return torch.load(checkpoint, weights_only=True, map_location="cpu") if checkpoint.exists() else None
 

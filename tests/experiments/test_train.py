@@ -391,6 +391,15 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     assert "was run with epochs = 2, not 3" in capsys.readouterr().err
 
 
+def test_what_a_killed_save_left_goes(tmp_path):
+    """In a run that goes on: the next save has another name."""
+    out = tmp_path / "run"
+    assert train.main([*TINY, "--epochs", "1", "--out", str(out)]) == 0
+    (out / "checkpoint.pt.1.part").write_bytes(b"half a checkpoint")
+    assert train.main([*TINY, "--epochs", "1", "--out", str(out), "--resume"]) == 0
+    assert not list(out.glob("*.part"))
+
+
 def torchrun(*args: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *args]
 
