@@ -54,8 +54,7 @@ class Rows {
   // To be read, null for a parameter that was not perturbed. The parameter may have changed its layout, dtype or device
   // since the backup was made.
   void saved(const Refs& backups, const char* name);
-  // The lists of `base`'s state one after the other, and if it counts steps a float32 counter for each
-  // parameter.
+  // The lists of `base`'s state one after the other, and if it counts steps a float32 counter for each parameter.
   void state(std::string_view base, const Refs& state, const Refs& steps);
 
   // A tensor for each parameter, `name` in errors: the gradients, or what takes their place. The copies must live until
