@@ -24,7 +24,7 @@ pytestmark = [on_the_cpu, pytest.mark.slow]
 TENSORS = [1, 62, 63, 64, 72, 73, 180, 181, 219, 499, 500, 571, 1000, 1300, 2000]  # in a list, to count launches
 OLD = {"EMULATION_OLD_DRIVER": "1"}
 DTYPE = torch.float64  # whose weights have no room for a wrong norm
-ORDERS = ("0", "5")  # of threads and blocks: as numbered, random
+ORDERS = ("0", "1", "5")  # of threads and blocks: as numbered, from the end, random
 
 BLOCKS = "kBlocks = 1 << 12;"  # fewer, so that there are larger chunks
 
