@@ -31,34 +31,31 @@ import train
 from ..plots import band, figure, legend_above
 from ..tables import percent, table
 from .runs import GRID, OPTIMIZERS, Result, read_packed, read_runs
-from .sweep import Run, command, command_line, search
+from .sweep import Case, Grid, Run, command, command_line, tune
 
 
 @dataclass(frozen=True)
 class Method:
-    """``flags`` are train.py's; ``searched`` is the one that is chosen from a grid, on the ladder from ``first`` to
-    ``last`` to begin with (see sweep.step_of)."""
+    """``flags`` are train.py's; ``grid`` has the values of one more, which is chosen."""
 
     title: str
     flags: dict[str, Any] = field(default_factory=dict)
-    searched: str | None = None
-    first: int = 0
-    last: int = 0
+    grid: Grid | None = None
 
 
 PLAIN = {"rho": 0}
 METHODS = {
     "base": Method("base", PLAIN),
     "long": Method("base, twice the epochs", PLAIN),
-    "decay": Method("base, stronger weight decay", PLAIN, "weight_decay", -6, -4),
-    "sam": Method("SAM", {}, "rho", -2, 0),
-    "asam": Method("ASAM", {"adaptive": True}, "rho", 0, 2),
-    "late": Method("SAM in the second half", {"sam_from": 0.5}, "rho", -2, 0),
-    "msam": Method("Momentum-SAM", {"method": "msam"}, "rho", -1, 1),
-    "norm": Method("SAM of the norm layers", {"norm_only": True}, "rho", -1, 1),
-    "part": Method("SAM, ascent on a quarter", {"ascent_fraction": 0.25}, "rho", -2, 0),
+    "decay": Method("base, stronger weight decay", PLAIN, Grid("weight_decay", -6, -4)),
+    "sam": Method("SAM", {}, Grid("rho", -2, 0)),
+    "asam": Method("ASAM", {"adaptive": True}, Grid("rho", 0, 2)),
+    "late": Method("SAM in the second half", {"sam_from": 0.5}, Grid("rho", -2, 0)),
+    "msam": Method("Momentum-SAM", {"method": "msam"}, Grid("rho", -1, 1)),
+    "norm": Method("SAM of the norm layers", {"norm_only": True}, Grid("rho", -1, 1)),
+    "part": Method("SAM, ascent on a quarter", {"ascent_fraction": 0.25}, Grid("rho", -2, 0)),
 }
-LEARNING_RATES = {"sgd": (-3, -1), "adam": (-7, -5)}  # on the ladder: 0.03 to 0.3, 0.0003 to 0.003
+LEARNING_RATES = {"sgd": Grid("lr", -3, -1), "adam": Grid("lr", -7, -5)}
 GRID_SEED = 100
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -107,49 +104,23 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
         }
         return Run.of(args.out, name, packed, flags)
 
+    def run_of_grid(case: Case, method: str, values: dict[str, float]) -> Run:
+        name, value = list(values.items())[-1]
+        words = (*case, *(() if method == "base" else (method,)), f"{name}{value:g}")
+        return run(GRID + "-".join(map(str, words)), *case, method, GRID_SEED, values)
+
     cells = [(base, noise) for noise in args.noise for base in args.bases]
-    rates: list[Run] = []
-    lr: dict[tuple[str, int], float | None] = {}
-    for base, noise in cells:
-        runs, lr[base, noise] = search(
-            lambda value, base=base, noise=noise: run(
-                f"{GRID}{base}-{noise}-lr{value:g}", base, noise, "base", GRID_SEED, {"lr": value}
-            ),
-            *LEARNING_RATES[base],
-            key="val_acc",
-        )
-        rates += runs
-    numbers: list[Run] = []
-    chosen: dict[tuple[str, int, str], dict[str, float]] = {}
-    for base, noise in cells:
-        rate = lr[base, noise]
-        at = {} if rate is None else {"lr": rate}
-        for name in args.methods:
-            method = METHODS[name]
-            chosen[base, noise, name] = at
-            if method.searched is None:
-                continue
-            runs, value = search(
-                lambda value, base=base, noise=noise, name=name, method=method, at=at: run(
-                    f"{GRID}{base}-{noise}-{name}-{method.searched}{value:g}",
-                    base,
-                    noise,
-                    name,
-                    GRID_SEED,
-                    {**at, method.searched: value},
-                ),
-                method.first,
-                method.last,
-                key="val_acc",
-            )
-            numbers += runs
-            if value is not None:
-                chosen[base, noise, name] = {**at, method.searched: value}
+    rates, numbers, chosen = tune(
+        {(base, noise): LEARNING_RATES[base] for base, noise in cells},
+        {method: METHODS[method].grid for method in args.methods},
+        run_of_grid,
+        key="val_acc",
+    )
     last = [
-        run(f"{base}-{noise}-{name}-{seed}", base, noise, name, seed, chosen[base, noise, name])
+        run(f"{base}-{noise}-{method}-{seed}", base, noise, method, seed, chosen[(base, noise), method])
         for seed in args.seeds
         for base, noise in cells
-        for name in args.methods
+        for method in args.methods
     ]
     return [rates, numbers, last]
 
@@ -209,7 +180,7 @@ def time_ratio(base: dict[int, float], other: dict[int, float]) -> str:
 def method_row(cell: Cell, base: Cell) -> list[str]:
     s = next(iter(cell.runs.values())).settings
     method = METHODS[cell.method]
-    number = f"{s[method.searched]:g}" if method.searched else ""
+    number = f"{s[method.grid.name]:g}" if method.grid else ""
     return [
         method.title,
         number,
@@ -226,19 +197,22 @@ def method_row(cell: Cell, base: Cell) -> list[str]:
 def grid_rows(grid: list[Result]) -> Iterator[list[str]]:
     """A row for each grid: the validation accuracy by value."""
     found: dict[tuple[str, str, str], dict[float, Result]] = {}
+
+    def searched(base: str, name: str) -> str:
+        return (METHODS[name].grid or LEARNING_RATES[base]).name
+
     for r in grid:
         base, noise, *words = r.name.removeprefix(GRID).split("-")
         name = "base" if words[0].startswith("lr") else words[0]
-        searched = "lr" if name == "base" else METHODS[name].searched
-        found.setdefault((base, noise, name), {})[r.settings[searched]] = r
+        found.setdefault((base, noise, name), {})[r.settings[searched(base, name)]] = r
     order = [(b, n, m) for b, n in dict.fromkeys((b, n) for b, n, _ in found) for m in METHODS if (b, n, m) in found]
     for base, noise, name in order:
         scores = [
             f"{value:g}: " + (f"{r.metrics[-1]['val_acc']:.1%}" if r.finished and not r.failed else "diverged")
             for value, r in sorted(found[base, noise, name].items())
         ]
-        searched = "learning rate" if name == "base" else METHODS[name].searched.replace("_", " ")
-        yield [OPTIMIZERS[base], noise, METHODS[name].title, searched, ", ".join(scores)]
+        number = "learning rate" if name == "base" else searched(base, name).replace("_", " ")
+        yield [OPTIMIZERS[base], noise, METHODS[name].title, number, ", ".join(scores)]
 
 
 def markdown(results: list[Result], grid: list[Result]) -> str:

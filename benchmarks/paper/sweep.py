@@ -106,38 +106,89 @@ def step_of(k: int) -> float:
     return float(f"{(1, 3)[k % 2]}e{k // 2}")
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Values of train.py's option ``name``: ``scale`` times the ladder's, from ``first`` to ``last`` to begin with."""
+
+    name: str
+    first: int
+    last: int
+    scale: float = 1.0
+
+    def at(self, k: int) -> dict[str, float]:
+        return {self.name: step_of(k) * self.scale}
+
+
 def search(
-    run_at: Callable[[float], Run], first: int, last: int, key: str, extend: int = 3
-) -> tuple[list[Run], float | None]:
-    """The best value of a hyper-parameter on the ladder, by ``key`` in the last epoch.
+    grid: Grid, run_at: Callable[[dict[str, float]], Run], key: str, extend: int = 3
+) -> tuple[list[Run], dict[str, float]]:
+    """The best value of a hyper-parameter, by ``key`` in the last epoch.
 
     Args:
-        run_at: the run with a value.
-        first, last: the positions on the ladder to begin with.
-        extend: by how many positions the range may grow, to each side, while its best value is at its edge.
+        run_at: the run with a value, which it is given as {name: value}.
+        extend: by how many positions on the ladder the grid may grow, to each side, while its best value is at its
+            edge.
 
     Returns:
-        The runs, and the best value, the smallest of equal ones; None while a run is not finished.
+        The runs, and the best value as {name: value}, the smallest of equal ones; empty while a run is not finished.
 
     Raises:
         train.RunError: if the runs diverged with every value.
     """
-    lowest, highest = first - extend, last + extend
+    first, last = grid.first, grid.last
     while True:
-        runs = {k: run_at(step_of(k)) for k in range(first, last + 1)}
+        runs = {k: run_at(grid.at(k)) for k in range(first, last + 1)}
         everyone = list(runs.values())
         if not all(run.finished() for run in everyone):
-            return everyone, None
+            return everyone, {}
         scores = {k: run.result().metrics[-1][key] for k, run in runs.items() if not run.result().failed}
         if not scores:
             raise train.RunError(f"no run of a grid came to an end: {everyone[0].name} to {everyone[-1].name}")
         best = max(scores, key=lambda k: scores[k])
-        if best == first > lowest:
+        if best == first > grid.first - extend:
             first -= 1
-        elif best == last < highest:
+        elif best == last < grid.last + extend:
             last += 1
         else:
-            return everyone, step_of(best)
+            return everyone, grid.at(best)
+
+
+# What is tuned by itself: a base on a network, or with a part of wrong labels.
+Case = tuple[Any, ...]
+
+
+def tune(
+    rates: dict[Case, Grid],
+    methods: dict[str, Grid | None],
+    run_at: Callable[[Case, str, dict[str, float]], Run],
+    key: str,
+    extend: int = 3,
+) -> tuple[list[Run], list[Run], dict[tuple[Case, str], dict[str, float]]]:
+    """Choose each case's learning rate with the plain base; then, with it, each method's own number, if it has one.
+
+    Args:
+        rates: the grid of each case's learning rate.
+        methods: the grid of each method's number; the method "base" is the plain base.
+        run_at: the run of a case and method with values, of which the last one is looked for.
+        key, extend: as in :func:`search`.
+
+    Returns:
+        The runs of the two stages, and what is chosen by case and method. While a stage is not finished, what it
+        decides is missing.
+    """
+    first: list[Run] = []
+    second: list[Run] = []
+    chosen: dict[tuple[Case, str], dict[str, float]] = {}
+    for case, rate in rates.items():
+        runs, lr = search(rate, functools.partial(run_at, case, "base"), key, extend)
+        first += runs
+        for method, grid in methods.items():
+            chosen[case, method] = lr
+            if grid is not None:
+                runs, value = search(grid, lambda x, at=(case, method), lr=lr: run_at(*at, {**lr, **x}), key, extend)
+                second += runs
+                chosen[case, method] = {**lr, **value}
+    return first, second, chosen
 
 
 # ---- running ----

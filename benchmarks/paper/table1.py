@@ -33,7 +33,7 @@ import torch
 import train
 
 from .runs import GRID, NETWORKS, read_packed
-from .sweep import Run, command, command_line, search
+from .sweep import Case, Grid, Run, command, command_line, tune
 from .table1_report import report
 
 # ---- what is run ----
@@ -84,10 +84,10 @@ NUMBERS = ("width", "epochs", "batch_size", "train_size", "eval_size", "validate
 
 METHODS: dict[str, dict[str, Any]] = {"base": {"rho": 0}, "sam": {}, "msam": {"method": "msam"}}
 
-# The fair recipe's grids, on the ladder of sweep.step_of: the learning rates, and twice the rhos. The paper's value, or
-# for Momentum-SAM ten times that, a third of it and three times it. Their seed is none of the table's.
-LEARNING_RATES = {"sgd": (-3, -1), "adam": (-7, -5)}
-RHOS = {"sam": (-3, -1), "msam": (-1, 1)}
+# The fair recipe's grids: around the paper's value, or for Momentum-SAM's rho ten times that. Their seed is none of the
+# table's.
+LEARNING_RATES = {"sgd": Grid("lr", -3, -1), "adam": Grid("lr", -7, -5)}
+RHOS = {"sam": Grid("rho", -3, -1, 0.5), "msam": Grid("rho", -1, 1, 0.5)}
 GRID_SEED = 100
 
 
@@ -109,42 +109,29 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
         name = f"{prefix}{arch}-{base}{'' if method == 'base' else '+' + method}-{suffix}"
         return Run.of(args.out, name, packed, given)
 
-    grid = {
-        "prefix": GRID,
-        "seed": GRID_SEED,
-        "holdout": args.holdout,
-        "validate": None,
-        "epochs": args.grid_epochs or args.epochs,
-    }
-    chosen: dict[tuple[str, str, str], dict[str, float]] = {}
-    rates: list[Run] = []
-    rhos: list[Run] = []
-    for arch, base in pairs if args.recipe == "fair" else ():
-        runs, lr = search(
-            lambda value, arch=arch, base=base: run(arch, base, "base", f"lr{value:g}", **grid, lr=value),
-            *LEARNING_RATES[base],
-            key="test_acc",  # of the held-out images
-            extend=args.extend,
+    def run_of_grid(case: Case, method: str, values: dict[str, float]) -> Run:
+        name, value = list(values.items())[-1]
+        return run(
+            *case,
+            method,
+            f"{name}{value:g}",
+            prefix=GRID,
+            seed=GRID_SEED,
+            holdout=args.holdout,
+            validate=None,
+            epochs=args.grid_epochs or args.epochs,
+            **values,
         )
-        rates += runs
-        at = {} if lr is None else {"lr": lr}
-        for method in args.methods:
-            chosen[arch, base, method] = at
-            if method not in RHOS:
-                continue
-            runs, twice = search(
-                lambda value, arch=arch, base=base, method=method, at=at: run(
-                    arch, base, method, f"rho{value / 2:g}", **grid, **at, rho=value / 2
-                ),
-                *RHOS[method],
-                key="test_acc",
-                extend=args.extend,
-            )
-            rhos += runs
-            if twice is not None:
-                chosen[arch, base, method] = {**at, "rho": twice / 2}
+
+    rates, rhos, chosen = tune(
+        {pair: LEARNING_RATES[pair[1]] for pair in pairs if args.recipe == "fair"},
+        {method: RHOS.get(method) for method in args.methods},
+        run_of_grid,
+        key="test_acc",  # of the held-out images
+        extend=args.extend,
+    )
     last = [
-        run(arch, base, method, f"{seed}", seed=seed, **chosen.get((arch, base, method), {}))
+        run(arch, base, method, f"{seed}", seed=seed, **chosen.get(((arch, base), method), {}))
         for seed in args.seeds
         for arch in args.archs
         for method in args.methods

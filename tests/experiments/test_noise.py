@@ -11,7 +11,7 @@ from scipy.stats import ttest_rel
 
 from benchmarks.paper import noise
 from benchmarks.paper.runs import Result, pack
-from benchmarks.paper.sweep import search, step_of
+from benchmarks.paper.sweep import Grid, search, step_of
 
 TINY = {"dataset": "digits", "arch": "mlp", "width": 8, "train_size": 60, "validate": 50, "batch_size": 30}
 
@@ -42,16 +42,17 @@ class FakeRun:
     ],
 )
 def test_search(scores, chosen, tried):
-    runs, value = search(lambda v: {step_of(k): FakeRun(score) for k, score in scores.items()}[v], -1, 1, key="val_acc")
-    assert value == step_of(chosen)
+    runs_at = {0.5 * step_of(k): FakeRun(score) for k, score in scores.items()}
+    runs, value = search(Grid("rho", -1, 1, scale=0.5), lambda values: runs_at[values["rho"]], key="val_acc")
+    assert value == {"rho": 0.5 * step_of(chosen)}
     assert len(runs) == tried
 
 
 def test_search_waits_for_its_runs_and_says_when_all_diverged():
-    scores = {step_of(-1): 0.1, step_of(0): None, step_of(1): 0.2}
-    assert search(lambda v: FakeRun(scores[v]), -1, 1, key="val_acc")[1] is None
+    grid, scores = Grid("lr", -1, 1), {step_of(-1): 0.1, step_of(0): None, step_of(1): 0.2}
+    assert search(grid, lambda values: FakeRun(scores[values["lr"]]), key="val_acc")[1] == {}
     with pytest.raises(noise.train.RunError, match="no run of a grid came to an end: fake"):
-        search(lambda v: FakeRun(math.nan), -1, 1, key="val_acc")
+        search(grid, lambda values: FakeRun(math.nan), key="val_acc")
 
 
 def test_the_ladder():
