@@ -44,7 +44,7 @@ class Gradients {
 
   std::unique_ptr<Gradients> pick(const std::vector<size_t>& positions) const {
     auto out = std::make_unique<Gradients>();
-    for (const size_t i : positions) out->add(held_.at(i), data_[i]);
+    for (const size_t i : positions) out->add(held_.at(i), reads_[i].data);
     return out;
   }
 
@@ -54,23 +54,15 @@ class Gradients {
     return out;
   }
 
-  sam::Reads reads() const {
-    sam::Reads out;
-    out.reserve(held_.size());
-    for (size_t i = 0; i < held_.size(); ++i) out.push_back({&held_[i], data_[i]});
-    return out;
-  }
+  const sam::Reads& reads() const { return reads_; }
 
   size_t size() const { return held_.size(); }
 
  private:
-  void add(const Tensor& grad, const void* data) {
-    held_.push_back(grad);
-    data_.push_back(data);
-  }
+  void add(const Tensor& grad, const void* data) { reads_.push_back({&held_.emplace_back(grad), data}); }
 
-  std::vector<Tensor> held_;
-  std::vector<const void*> data_;
+  std::deque<Tensor> held_;  // whose elements stay where they are
+  sam::Reads reads_;
 };
 
 // Of Gradients, or of a list.
