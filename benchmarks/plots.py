@@ -62,7 +62,8 @@ def legend_above(figure: plt.Figure) -> None:
         label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     if by_label:
-        figure.legend(by_label.values(), by_label.keys(), loc="outside upper center", ncols=min(len(by_label), 4))
+        columns = min(len(by_label), int(figure.get_figwidth() / 2.7))
+        figure.legend(by_label.values(), by_label.keys(), loc="outside upper center", ncols=columns)
 
 
 def bars(axes: plt.Axes, names: list[str], values: list[float], words: list[str], colours: list[str]) -> None:

@@ -88,6 +88,12 @@ def by_cell(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
     return {cell: runs for cell, runs in cells.items() if runs}
 
 
+def networks_of(cells: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The networks that occur and their titles, in the order of the tables."""
+    found = {arch for arch, _ in cells}
+    return {arch: title for arch, title in NETWORKS.items() if arch in found}
+
+
 def of_network(cells: dict[tuple[str, str], list[Result]], arch: str) -> Iterator[tuple[str, list[Result]]]:
     """The optimizers and their runs."""
     return ((optimizer, runs) for (at, optimizer), runs in cells.items() if at == arch)

@@ -33,7 +33,7 @@ from sam_fused.sharpness import KINDS
 
 from ..plots import band, figure, legend_above, log_scale
 from ..tables import table
-from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, of_network, read_runs, recorded
+from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, networks_of, of_network, read_runs, recorded
 from .table1_report import network_panels
 
 RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # ten times as much for ASAM
@@ -208,8 +208,10 @@ def markdown(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], r
 
 
 def draw_training(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], rho: float, path: Path) -> None:
-    with figure(path, len(NETWORKS), len(KINDS), size=(12, 7), dpi=100, sharex=True) as (drawn, panels):
-        for row, (arch, network) in zip(panels, NETWORKS.items(), strict=True):
+    networks = networks_of(cells)
+    size = (12, 3.5 * len(networks))
+    with figure(path, len(networks), len(KINDS), size=size, dpi=100, sharex=True, squeeze=False) as (drawn, panels):
+        for row, (arch, network) in zip(panels, networks.items(), strict=True):
             for axes, kind in zip(row, KINDS, strict=True):
                 for optimizer, runs in of_network(cells, arch):
                     epochs = [x["epoch"] for x in held[runs[0].name]]
@@ -226,7 +228,7 @@ def draw_training(held: dict[str, Any], cells: dict[tuple[str, str], list[Result
 
 
 def draw_rho(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], path: Path) -> None:
-    with network_panels(path, "rho", "realised / first-order sharpness, last epoch", sharey=True) as panels:
+    with network_panels(path, cells, "rho", "realised / first-order sharpness, last epoch", sharey=True) as panels:
         for axes, arch in panels:
             axes.axhspan(1 - TOLERANCE, 1 + TOLERANCE, color="k", alpha=0.07, linewidth=0)
             axes.axhline(1, color="k", linewidth=0.8)
@@ -239,7 +241,7 @@ def draw_rho(held: dict[str, Any], cells: dict[tuple[str, str], list[Result]], p
 
 def draw_loss(cells: dict[tuple[str, str], list[Result]], rho: float, path: Path) -> None:
     ylabel = f"recorded sharpness of a batch at rho = {rho:g}"
-    with network_panels(path, "training loss (training goes to the right)", ylabel, sharey=True) as panels:
+    with network_panels(path, cells, "training loss (training goes to the right)", ylabel, sharey=True) as panels:
         for axes, arch in panels:
             for optimizer, runs in of_network(cells, arch):
                 losses = [

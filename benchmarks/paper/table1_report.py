@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import train
 
 from ..plots import band, figure, legend_above, log_scale, plt
 from ..tables import table
-from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, of_network, read_runs, recorded
+from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, networks_of, of_network, read_runs, recorded
 
 #: Test accuracy in %, mean and standard deviation over three seeds: Table I of the paper.
 PAPER = {
@@ -55,10 +55,11 @@ class Cell:
 
 
 def cells_of(results: list[Result]) -> dict[tuple[str, str], Cell]:
-    """The paper's, and others that there are runs of."""
+    """Of the networks that there are runs of: the paper's optimizers, and others that there are runs of."""
     found = {r.cell[1] for r in results}
     optimizers = [o for o in OPTIMIZERS if ("vgg16", o) in PAPER or o in found]
-    cells = {(arch, optimizer): Cell(arch, optimizer, {}) for arch in NETWORKS for optimizer in optimizers}
+    networks = networks_of(r.cell for r in results)
+    cells = {(arch, optimizer): Cell(arch, optimizer, {}) for arch in networks for optimizer in optimizers}
     for r in results:
         if r.finished and r.cell in cells:
             cells[r.cell].by_seed[r.settings["seed"]] = 100 * r.metrics[-1]["test_acc"]
@@ -124,7 +125,7 @@ def header(results: list[Result], recipe: str) -> list[str]:
 def accuracy_rows(cells: dict[tuple[str, str], Cell]) -> Iterator[list[str]]:
     for optimizer in dict.fromkeys(optimizer for _, optimizer in cells):
         row = [OPTIMIZERS[optimizer]]
-        for arch in NETWORKS:
+        for arch in networks_of(cells):
             cell, paper = cells[arch, optimizer], PAPER.get((arch, optimizer), (None, None))
             row += [plus_minus(*paper, 3), plus_minus(cell.mean, cell.deviation, 2), str(len(cell.by_seed))]
         yield row
@@ -169,7 +170,7 @@ def last_epoch_rows(results: list[Result], common_rho: float) -> Iterator[list[s
 
 def markdown(results: list[Result], grid: list[Result], recipe: str, common_rho: float) -> str:
     cells = cells_of(results)
-    by_network = [name for n in NETWORKS.values() for name in (f"{n}, paper", f"{n}, here", "n")]
+    by_network = [name for n in networks_of(cells).values() for name in (f"{n}, paper", f"{n}, here", "n")]
     last_epoch = ["lr", "rho", "train loss", "train accuracy", "test loss", f"sharpness at rho = {common_rho:g}"]
     lines = [
         *header(results, recipe),
@@ -224,12 +225,14 @@ def accuracies(r: Result) -> tuple[list[float], float | None]:
 
 @contextmanager
 def network_panels(
-    path: Path, xlabel: str, ylabel: str, sharey: bool = False
+    path: Path, cells: Iterable[tuple[str, str]], xlabel: str, ylabel: str, sharey: bool = False
 ) -> Iterator[Iterator[tuple[plt.Axes, str]]]:
-    """A panel for each network, and the network's name in the settings."""
-    with figure(path, 1, len(NETWORKS), size=(11, 4.2), dpi=110, sharey=sharey) as (drawn, panels):
-        yield zip(panels, NETWORKS, strict=True)
-        for axes, network in zip(panels, NETWORKS.values(), strict=True):
+    """A panel for each network in ``cells``, and the network's name in the settings."""
+    networks = networks_of(cells)
+    size = (5.5 * len(networks), 4.2)
+    with figure(path, 1, len(networks), size=size, dpi=110, sharey=sharey, squeeze=False) as (drawn, [panels]):
+        yield zip(panels, networks, strict=True)
+        for axes, network in zip(panels, networks.values(), strict=True):
             axes.set(xlabel=xlabel, title=network)
             axes.grid(alpha=0.3)
         for axes in panels[:1] if sharey else panels:
@@ -243,7 +246,7 @@ def draw_accuracy(results: list[Result], path: Path) -> None:
     apart = any(accuracies(r)[1] is not None for r in results)
     held_out = any(r.settings.get("validate") for r in results)
     ylabel = "accuracy on held-out images" if held_out else "test accuracy"
-    with network_panels(path, "epoch", ylabel + (", %; points: whole test set" if apart else ", %")) as panels:
+    with network_panels(path, cells, "epoch", ylabel + (", %\npoints: whole test set" if apart else ", %")) as panels:
         for axes, arch in panels:
             for optimizer, runs in of_network(cells, arch):
                 curves, lasts = zip(*map(accuracies, runs), strict=True)
@@ -259,7 +262,7 @@ def draw_accuracy(results: list[Result], path: Path) -> None:
 
 def draw_sharpness(results: list[Result], path: Path, rho: float) -> None:
     cells = recorded(by_cell(r for r in results if r.metrics))
-    with network_panels(path, "epoch", f"sharpness of a batch at rho = {rho:g}") as panels:
+    with network_panels(path, cells, "epoch", f"sharpness of a batch at rho = {rho:g}") as panels:
         for axes, arch in panels:
             for optimizer, runs in of_network(cells, arch):
                 band(axes, [r.sharpness(rho) for r in runs], STYLE[optimizer], OPTIMIZERS[optimizer])
