@@ -1,8 +1,9 @@
-"""Every relative link and picture of the documentation leads somewhere."""
+"""Every relative link and picture of the documentation leads somewhere, and nothing stands in a page twice."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,9 @@ def test_links_are_found():
 
 def test_the_readme_fits_on_a_few_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_no_paragraph_stands_twice(page):
+    paragraphs = Counter(p for p in BLOCK.sub("", page.read_text()).split("\n\n") if len(p) > 60)
+    assert [p for p, n in paragraphs.items() if n > 1] == []
