@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -623,13 +624,13 @@ def train(
         if not rank():
             print(f"{out}: going on after epoch {len(metrics)} of {s.epochs}", flush=True)
             write_metrics(out, metrics)  # which the kill may have prevented
+    one_epoch = partial(batches, train_split, s.batch_size, generator, flip=s.dataset == "cifar10", crop=s.augment)
     steps = math.ceil(len(train_split.labels) / s.batch_size)
     for epoch in range(len(metrics) + 1, s.epochs + 1):
         start, cpu_start, lr = time.perf_counter(), time.process_time(), parts.scheduler.get_last_lr()[0]
-        data = batches(train_split, s.batch_size, generator, flip=s.dataset == "cifar10", crop=s.augment)
         parts.model.train()
         hidden = True if rank() else None  # None: where there is no terminal
-        with tqdm(data, f"epoch {epoch}/{s.epochs}", steps, leave=False, disable=hidden) as bar:
+        with tqdm(one_epoch(), f"epoch {epoch}/{s.epochs}", steps, leave=False, disable=hidden) as bar:
             row = train_epoch(s, parts, bar, normalize)
         row["train_cpu_seconds"] = time.process_time() - cpu_start  # of all threads, whatever else the machine does
         parts.scheduler.step()
@@ -639,7 +640,7 @@ def train(
             continue
         last = epoch == s.epochs
         if last and s.method == "msam":  # until here BatchNorm's statistics are of the perturbed weights
-            torch.optim.swa_utils.update_bn(map(normalize, train_split.images.split(500)), parts.model)
+            torch.optim.swa_utils.update_bn((normalize(images) for images, _ in one_epoch()), parts.model)
         metrics[-1] |= measure(parts.model, splits if last else before_last, normalize)
         metrics[-1]["seconds"] = time.perf_counter() - start
         states = {name: part.state_dict() for name, part in parts.kept().items()}

@@ -555,18 +555,37 @@ def test_what_is_measured_of_wrong_labels(method, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_momentum_sam_ends_with_the_statistics_of_the_clean_weights(tmp_path):
-    out = tmp_path / "run"
+@pytest.mark.parametrize("augmented", [False, True])
+def test_momentum_sam_ends_with_the_statistics_of_the_clean_weights(augmented, tmp_path, monkeypatch):
+    """Of batches as training sees them: of its size, of all classes, and augmented if it augments."""
+    out, seen = tmp_path / "run", []
+    update_bn = torch.optim.swa_utils.update_bn
+
+    def recorded(loader, model):
+        seen.extend(loader)
+        update_bn(seen, model)
+
+    monkeypatch.setattr(torch.optim.swa_utils, "update_bn", recorded)
     flags = [*TINY, "--method", "msam", "--rho", "2", "--epochs", "2", "--out", str(out)]
+    flags += [] if augmented else ["--no-augment"]
     assert train.main(flags) == 0
     s = settings(*flags)
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     model = train.build(s).model
     model.load_state_dict(checkpoint["model"])
-    images = train.load_data(s)["train"].images
-    torch.optim.swa_utils.update_bn([train.Normalize(images)(images)], model)
+    update_bn(seen, model)
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, checkpoint["model"][key], msg=key)
+
+    split = train.load_data(s)["train"]
+    sizes = [len(chunk) for chunk in split.labels.split(s.batch_size)]
+    assert [len(batch) for batch in seen] == sizes
+    images = train.Normalize(split.images)(split.images).flatten(1)
+    same = (torch.cat(seen).flatten(1)[:, None] == images).all(2)
+    assert same.any(1).all() != augmented
+    if not augmented:
+        assert same.sum(0).tolist() == [1] * len(images)
+        assert all(len(split.labels[i].unique()) > 4 for i in same.int().argmax(1).split(s.batch_size))
 
 
 @pytest.mark.slow
