@@ -232,7 +232,7 @@ class FusedMSAM(MSAM):
     exactly. Nothing is measured: there is no ``sharpness`` and no ``grad_norm``.
 
     BatchNorm's running statistics come from the perturbed weights. Before evaluating or saving, take them anew at the
-    clean ones, with :func:`torch.optim.swa_utils.update_bn`.
+    clean ones, with :func:`torch.optim.swa_utils.update_bn`, of batches that are shuffled and augmented as in training.
 
     Args:
         params: as for :class:`FusedSAM`. Groups may have their own ``rho``, ``adaptive`` and ``eta``.
