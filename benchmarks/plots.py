@@ -49,9 +49,12 @@ def band(
 
 
 def log_scale(axes: plt.Axes) -> None:
-    """Of the values axis, with plain numbers: 0.1, 0.2, 0.3, 0.5, 1."""
+    """Of the values axis, with plain numbers: 0.1, 0.2, 0.3, 0.5, 1; more where what is drawn spans little."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(
+        LogLocator(subs=(1, 2, 3, 5) if high / low > 4 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
+    )
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 

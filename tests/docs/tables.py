@@ -157,8 +157,8 @@ def pipeline() -> list[str]:
 # ---- Table I ----
 
 
-def cells_of(recipe: str) -> dict[tuple[str, str], dict[str, str]]:
-    with (RESULTS / f"cpu-{recipe}" / "table1.csv").open() as file:
+def cells_of(sweep: str) -> dict[tuple[str, str], dict[str, str]]:
+    with (RESULTS / sweep / "table1.csv").open() as file:
         return {(row["network"], row["optimizer"]): row for row in csv.DictReader(file)}
 
 
@@ -174,7 +174,7 @@ def mean_and_deviation(row: dict[str, str], prefix: str = "") -> str:
 
 
 def table1() -> list[str]:
-    made = {recipe: cells_of(recipe) for recipe in RECIPES}
+    made = {recipe: cells_of(f"cpu-{recipe}") for recipe in RECIPES}
     rows = (
         [
             *titles(*cell),
@@ -191,20 +191,40 @@ def gain(row: dict[str, str]) -> str:
     return f"{float(row['sam_minus_base']):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def table1_gain(recipes: Iterable[str] = RECIPES) -> list[str]:
-    made = {recipe: cells_of(recipe) for recipe in recipes}
+def table1_gain() -> list[str]:
+    made = {recipe: cells_of(f"cpu-{recipe}") for recipe in RECIPES}
     rows = []
     for network, optimizer in CELLS:
         if optimizer.endswith("+sam"):
             of = {recipe: cells[network, optimizer] for recipe, cells in made.items()}
             paper = f"{float(next(iter(of.values()))['paper_sam_minus_base']):+.1f}"
             rows.append([*titles(network, optimizer.removesuffix("+sam")), paper, *map(gain, of.values())])
-    return table(["SAM - base", "", "paper", *(f"`{recipe}`" for recipe in recipes)], rows)
+    return table(["SAM - base", "", "paper", *(f"`{recipe}`" for recipe in RECIPES)], rows)
+
+
+def table1_large() -> list[str]:
+    rows = []
+    for cell, row in cells_of("large-fair").items():
+        paper = mean_and_deviation(row, "paper_") if row["paper_mean"] else ""
+        claimed = f"{float(row['paper_sam_minus_base']):+.1f}" if row["paper_sam_minus_base"] else ""
+        added = gain(row) if row["sam_minus_base"] else ""
+        rows.append([*titles(*cell), mean_and_deviation(row), added, paper, claimed])
+    return table(["", "", "here", "over the base", "the paper", "over the base"], rows)
 
 
 def table1_short() -> list[str]:
-    _, *lines = table1_gain(["fair"])
-    return ["| | | the paper, 200 epochs | here |", *lines]
+    small, large = cells_of("cpu-fair"), cells_of("large-fair")
+    rows = (
+        [
+            *titles(network, optimizer.removesuffix("+sam")),
+            f"{float(small[network, optimizer]['paper_sam_minus_base']):+.1f}",
+            gain(small[network, optimizer]),
+            gain(large[network, optimizer]) if (network, optimizer) in large else "",
+        ]
+        for network, optimizer in CELLS
+        if optimizer.endswith("+sam")
+    )
+    return table(["", "", "the paper", "1,000 images", "10,000 images"], rows)
 
 
 RATIO = re.compile(r"^\| (\w+) \| SGD, Adam \| [^|]* \| ([^|]*) \|$", re.MULTILINE)
@@ -240,11 +260,8 @@ def gpu() -> list[str]:
 
 
 def noise() -> list[str]:
-    """The first table of noise.md, as it is; nothing before that is there."""
-    path = RESULTS / "noise-digits" / "noise.md"
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines()
+    """The first table of noise.md, as it is."""
+    lines = (RESULTS / "noise-digits" / "noise.md").read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("|"))
     last = next(i for i, line in enumerate(lines) if i > first and not line.startswith("|"))
     return lines[first:last]
@@ -271,6 +288,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "input": pipeline,
     "table1": table1,
     "table1-gain": table1_gain,
+    "table1-large": table1_large,
     "table1-short": table1_short,
     "sharpness-ratio": sharpness_ratio,
     "gpu": gpu,

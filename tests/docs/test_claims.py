@@ -78,7 +78,9 @@ def adam_beats_sgd() -> str:
 
 
 def intervals_without_0() -> tuple[str, set[str]]:
-    rows = [(cell[1], row) for recipe in RECIPES for cell, row in cells_of(recipe).items() if row["interval_low"]]
+    rows = [
+        (cell[1], row) for recipe in RECIPES for cell, row in cells_of(f"cpu-{recipe}").items() if row["interval_low"]
+    ]
     found = [name for name, row in rows if float(row["interval_low"]) > 0 or float(row["interval_high"]) < 0]
     return IN_WORDS[len(found)], set(found)
 
@@ -111,6 +113,26 @@ def trend(optimizer: str) -> dict[str, list[float]]:
     return {"lowest": [min(c) for c in curves], "last": [c[-1] for c in curves]}
 
 
+LARGE = cells_of("large-fair")
+LARGE_RUNS = by_cell(r for r in read_runs(RESULTS / "large-fair") if not r.in_grid)
+
+
+def large(optimizer: str, column: str = "sam_minus_base") -> float:
+    return float(LARGE["vgg16", optimizer][column])
+
+
+def large_mean(optimizer: str, key: str) -> float:
+    return statistics.mean(r.metrics[-1][key] for r in LARGE_RUNS["vgg16", optimizer])
+
+
+def loss_at(arch: str, base: str, method: str, rho: float) -> float:
+    """What ``rho`` loses to the plain base in the grids, in percentage points of the held-out images."""
+    grid = [r for r in read_runs(RESULTS / "large-fair") if r.in_grid]
+    plain = max(r.metrics[-1]["test_acc"] for r in grid if r.cell == (arch, base))
+    [other] = [r for r in grid if r.cell == (arch, f"{base}+{method}") and r.settings["rho"] == rho]
+    return 100 * (plain - other.metrics[-1]["test_acc"])
+
+
 EQUAL = at_equal_loss(("sgd", "sgd+sam"), ("adam", "adam+sam"))
 CLAIMS = {
     "docs/reproduction.md": [
@@ -121,8 +143,12 @@ CLAIMS = {
         f"SAM lowers the test loss in {lower(last('test_loss'))} of twelve, all",
         f"all {lower(last('test_loss'), ['fair'])} of `fair` among them",
         f"higher training loss, in all {IN_WORDS[sum(x > 0 for x in differences(last('train_loss')))]}",
+        f"gains** {large('sgd+msam'):.1f} points around SGD and {large('adam+msam'):.1f} around Adam",
+        f"loses {loss_at('vgg16', 'sgd', 'sam', 0.05):.0f} and {loss_at('vgg16', 'adam', 'sam', 0.05):.0f} points",
+        f"for {100 * large_mean('sgd', 'train_acc'):.0f} and {100 * large_mean('adam', 'train_acc'):.0f} % of their",
     ],
     "README.md": [
+        f"gains {large('sgd+msam'):.1f} points around SGD and {large('adam+msam'):.1f} around Adam",
         f"flatter in all {lower(recorded)} comparisons",
         f"SGD + SAM in all {adam_beats_sgd()}",
     ],
@@ -144,6 +170,16 @@ CLAIMS = {
 @pytest.mark.parametrize(("page", "claim"), [(page, claim) for page, claims in CLAIMS.items() for claim in claims])
 def test_claim(page, claim):
     assert claim in " ".join((ROOT / page).read_text().split())
+
+
+def test_what_excludes_0_with_10_000_images():
+    rows = {optimizer: row for (_, optimizer), row in LARGE.items() if row["interval_low"]}
+    assert {o for o, row in rows.items() if float(row["interval_low"]) > 0} == {"adam+msam"}
+    assert {o for o, row in rows.items() if float(row["interval_high"]) < 0} == set()
+    for base in ("sgd", "adam"):
+        assert large(f"{base}+sam") < 0
+        for key in ("train_loss", "test_loss"):
+            assert large_mean(f"{base}+msam", key) < large_mean(base, key)
 
 
 def test_the_intervals_are_of_sgd():
