@@ -125,6 +125,16 @@ def large_mean(optimizer: str, key: str) -> float:
     return statistics.mean(r.metrics[-1][key] for r in LARGE_RUNS["vgg16", optimizer])
 
 
+def large_at_equal_loss(*pairs: tuple[str, str]) -> list[float]:
+    cells = {o: {r.settings["seed"]: r for r in runs} for (_, o), runs in LARGE_RUNS.items()}
+    return [study.at_equal_loss(cells[a][seed], cells[b][seed])[1] for a, b in pairs for seed in cells[a]]
+
+
+def large_rise(optimizer: str) -> list[float]:
+    """The recorded sharpness of the last epoch over the first one's."""
+    return [r.sharpness(1)[-1] / r.sharpness(1)[0] for r in LARGE_RUNS["vgg16", optimizer]]
+
+
 def loss_at(arch: str, base: str, method: str, rho: float) -> float:
     """What ``rho`` loses to the plain base in the grids, in percentage points of the held-out images."""
     grid = [r for r in read_runs(RESULTS / "large-fair") if r.in_grid]
@@ -162,6 +172,9 @@ CLAIMS = {
         f"at rho 2 it is {span(realised(2.0, ['paper-code']), 1)}",
         f"plain SGD's falls, to {span(trend('sgd')['lowest'])} of the first epoch's",
         f"to {span(trend('sgd')['last'])} of it in the end",
+        f"Adam's recorded sharpness is {span(large_at_equal_loss(('sgd', 'adam')))} times SGD's",
+        f"SGD's to {span(large_rise('sgd'))} times the first epoch's and Adam's to {span(large_rise('adam'))} times",
+        f"sharpness is {span(large_at_equal_loss(('sgd', 'sgd+sam'), ('adam', 'adam+sam')))} times its base's",
         f"then rises, to {min(trend('adam')['last']):.2f} to {max(trend('adam')['last']):.1f} times the first epoch's",
     ],
 }
@@ -170,6 +183,12 @@ CLAIMS = {
 @pytest.mark.parametrize(("page", "claim"), [(page, claim) for page, claims in CLAIMS.items() for claim in claims])
 def test_claim(page, claim):
     assert claim in " ".join((ROOT / page).read_text().split())
+
+
+def test_how_far_the_proposition_holds_with_10_000_images():
+    held = json.loads((RESULTS / "large-fair" / "sharpness.json").read_text())
+    found = {o: study.reach(study.ratios(held, runs)) for (_, o), runs in LARGE_RUNS.items()}
+    assert (found["sgd"], found["sgd+sam"], found["adam"], found["adam+sam"]) == (0.1, 0.1, 0.05, 0.02)
 
 
 def test_what_excludes_0_with_10_000_images():
