@@ -103,9 +103,8 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
         }
         return Run.of(args.out, name, packed, flags)
 
-    def run_of_grid(case: Case, method: str, values: dict[str, float]) -> Run:
-        name, value = list(values.items())[-1]
-        words = (*case, *(() if method == "base" else (method,)), f"{name}{value:g}")
+    def run_of_grid(case: Case, method: str, suffix: str, values: dict[str, float]) -> Run:
+        words = (*case, *(() if method == "base" else (method,)), suffix)
         return run(GRID + "-".join(map(str, words)), *case, method, GRID_SEED, values)
 
     cells = [(base, noise) for noise in args.noise for base in args.bases]

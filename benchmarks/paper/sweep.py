@@ -160,7 +160,7 @@ Case = tuple[Any, ...]
 def tune(
     rates: dict[Case, Grid],
     methods: dict[str, Grid | None],
-    run_at: Callable[[Case, str, dict[str, float]], Run],
+    run_at: Callable[[Case, str, str, dict[str, float]], Run],
     key: str,
     extend: int = 3,
 ) -> tuple[list[Run], list[Run], dict[tuple[Case, str], dict[str, float]]]:
@@ -169,7 +169,8 @@ def tune(
     Args:
         rates: the grid of each case's learning rate.
         methods: the grid of each method's number; the method "base" is the plain base.
-        run_at: the run of a case and method with values, of which the last one is looked for.
+        run_at: the run of a case and method; then what tells it from the others of its grid, as "rho0.1"; and its
+            values.
         key, extend: as in :func:`search`.
 
     Returns:
@@ -179,15 +180,23 @@ def tune(
     first: list[Run] = []
     second: list[Run] = []
     chosen: dict[tuple[Case, str], dict[str, float]] = {}
+
+    def choose(case: Case, method: str, grid: Grid, at: dict[str, float]) -> tuple[list[Run], dict[str, float]]:
+        def with_value(found: dict[str, float]) -> Run:
+            [(name, value)] = found.items()
+            return run_at(case, method, f"{name}{value:g}", {**at, **found})
+
+        runs, found = search(grid, with_value, key, extend)
+        return runs, {**at, **found}
+
     for case, rate in rates.items():
-        runs, lr = search(rate, functools.partial(run_at, case, "base"), key, extend)
+        runs, lr = choose(case, "base", rate, {})
         first += runs
         for method, grid in methods.items():
             chosen[case, method] = lr
             if grid is not None:
-                runs, value = search(grid, lambda x, at=(case, method), lr=lr: run_at(*at, {**lr, **x}), key, extend)
+                runs, chosen[case, method] = choose(case, method, grid, lr)
                 second += runs
-                chosen[case, method] = {**lr, **value}
     return first, second, chosen
 
 

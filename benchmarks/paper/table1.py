@@ -109,12 +109,11 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
         name = f"{prefix}{arch}-{base}{'' if method == 'base' else '+' + method}-{suffix}"
         return Run.of(args.out, name, packed, given)
 
-    def run_of_grid(case: Case, method: str, values: dict[str, float]) -> Run:
-        name, value = list(values.items())[-1]
+    def run_of_grid(case: Case, method: str, suffix: str, values: dict[str, float]) -> Run:
         return run(
             *case,
             method,
-            f"{name}{value:g}",
+            suffix,
             prefix=GRID,
             seed=GRID_SEED,
             holdout=args.holdout,

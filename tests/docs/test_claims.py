@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from benchmarks.paper import sharpness_study as study
-from benchmarks.paper.runs import NETWORKS, Result, by_cell, read_runs
+from benchmarks.paper.runs import NETWORKS, Result, by_cell, networks_of, read_runs
 from tests.docs.tables import RECIPES, RESULTS, cells_of
 from tests.helpers.paths import ROOT
 
-RUNS = {recipe: by_cell(r for r in read_runs(RESULTS / f"cpu-{recipe}") if not r.in_grid) for recipe in RECIPES}
-HELD = {recipe: json.loads((RESULTS / f"cpu-{recipe}" / "sharpness.json").read_text()) for recipe in RECIPES}
-RHO = {recipe: study.recipe_of(next(iter(RUNS[recipe].values()))[0].settings)[0] for recipe in RECIPES}
+SWEEPS = {**{recipe: f"cpu-{recipe}" for recipe in RECIPES}, "large": "large-fair"}
+READ = {recipe: read_runs(RESULTS / sweep) for recipe, sweep in SWEEPS.items()}
+RUNS = {recipe: by_cell(r for r in runs if not r.in_grid) for recipe, runs in READ.items()}
+HELD = {recipe: json.loads((RESULTS / sweep / "sharpness.json").read_text()) for recipe, sweep in SWEEPS.items()}
+RHO = {recipe: study.recipe_of(next(iter(RUNS[recipe].values()))[0].settings)[0] for recipe in SWEEPS}
 WORDS = "none, one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve"
 IN_WORDS = dict(enumerate(WORDS.split(", ")))
 Value = Callable[[str, Result], float]
@@ -79,7 +81,7 @@ def adam_beats_sgd() -> str:
 
 def intervals_without_0() -> tuple[str, set[str]]:
     rows = [
-        (cell[1], row) for recipe in RECIPES for cell, row in cells_of(f"cpu-{recipe}").items() if row["interval_low"]
+        (cell[1], row) for recipe in RECIPES for cell, row in cells_of(SWEEPS[recipe]).items() if row["interval_low"]
     ]
     found = [name for name, row in rows if float(row["interval_low"]) > 0 or float(row["interval_high"]) < 0]
     return IN_WORDS[len(found)], set(found)
@@ -96,51 +98,48 @@ def realised(at: float, recipes: Iterable[str]) -> list[float]:
     return [ratios[at] for recipe in recipes for ratios in by_rho(recipe).values()]
 
 
-def at_equal_loss(*pairs: tuple[str, str]) -> list[float]:
+def at_equal_loss(*pairs: tuple[str, str], recipes: Iterable[str] = RECIPES) -> list[float]:
     found = []
-    for recipe in RECIPES:
-        for network in NETWORKS:
+    for recipe in recipes:
+        for network in networks_of(RUNS[recipe]):
             for one, other in pairs:
                 cells = [{r.settings["seed"]: r for r in RUNS[recipe][network, name]} for name in (one, other)]
                 found += [study.at_equal_loss(cells[0][seed], cells[1][seed])[1] for seed in cells[0]]
     return found
 
 
-def trend(optimizer: str) -> dict[str, list[float]]:
+def trend(optimizer: str, recipes: Iterable[str] = RECIPES) -> dict[str, list[float]]:
     """Recorded sharpness over the first epoch's: the lowest and the last of each run."""
-    runs = [r for recipe in RECIPES for (_, name), rs in RUNS[recipe].items() if name == optimizer for r in rs]
+    runs = [r for recipe in recipes for (_, name), rs in RUNS[recipe].items() if name == optimizer for r in rs]
     curves = [[x / r.sharpness(1)[0] for x in r.sharpness(1)] for r in runs]
     return {"lowest": [min(c) for c in curves], "last": [c[-1] for c in curves]}
 
 
 LARGE = cells_of("large-fair")
-LARGE_RUNS = by_cell(r for r in read_runs(RESULTS / "large-fair") if not r.in_grid)
 
 
-def large(optimizer: str, column: str = "sam_minus_base") -> float:
-    return float(LARGE["vgg16", optimizer][column])
+def large_gain(optimizer: str) -> float:
+    return float(LARGE["vgg16", optimizer]["sam_minus_base"])
 
 
 def large_mean(optimizer: str, key: str) -> float:
-    return statistics.mean(r.metrics[-1][key] for r in LARGE_RUNS["vgg16", optimizer])
+    return mean("large", ("vgg16", optimizer), last(key))
 
 
-def large_at_equal_loss(*pairs: tuple[str, str]) -> list[float]:
-    cells = {o: {r.settings["seed"]: r for r in runs} for (_, o), runs in LARGE_RUNS.items()}
-    return [study.at_equal_loss(cells[a][seed], cells[b][seed])[1] for a, b in pairs for seed in cells[a]]
+def large_equal(*pairs: tuple[str, str]) -> str:
+    return span(at_equal_loss(*pairs, recipes=["large"]))
 
 
-def large_rise(optimizer: str) -> list[float]:
-    """The recorded sharpness of the last epoch over the first one's."""
-    return [r.sharpness(1)[-1] / r.sharpness(1)[0] for r in LARGE_RUNS["vgg16", optimizer]]
+def large_rise(optimizer: str) -> str:
+    return span(trend(optimizer, ["large"])["last"])
 
 
-def loss_at(arch: str, base: str, method: str, rho: float) -> float:
-    """What ``rho`` loses to the plain base in the grids, in percentage points of the held-out images."""
-    grid = [r for r in read_runs(RESULTS / "large-fair") if r.in_grid]
-    plain = max(r.metrics[-1]["test_acc"] for r in grid if r.cell == (arch, base))
-    [other] = [r for r in grid if r.cell == (arch, f"{base}+{method}") and r.settings["rho"] == rho]
-    return 100 * (plain - other.metrics[-1]["test_acc"])
+def loss_at(base: str, rho: float) -> float:
+    """What SAM at ``rho`` loses to the plain base in VGG16's grids, in percentage points of the held-out images."""
+    grid = [r for r in READ["large"] if r.in_grid]
+    plain = max(r.metrics[-1]["test_acc"] for r in grid if r.cell == ("vgg16", base))
+    [sam] = [r for r in grid if r.cell == ("vgg16", f"{base}+sam") and r.settings["rho"] == rho]
+    return 100 * (plain - sam.metrics[-1]["test_acc"])
 
 
 EQUAL = at_equal_loss(("sgd", "sgd+sam"), ("adam", "adam+sam"))
@@ -153,12 +152,12 @@ CLAIMS = {
         f"SAM lowers the test loss in {lower(last('test_loss'))} of twelve, all",
         f"all {lower(last('test_loss'), ['fair'])} of `fair` among them",
         f"higher training loss, in all {IN_WORDS[sum(x > 0 for x in differences(last('train_loss')))]}",
-        f"gains** {large('sgd+msam'):.1f} points around SGD and {large('adam+msam'):.1f} around Adam",
-        f"loses {loss_at('vgg16', 'sgd', 'sam', 0.05):.0f} and {loss_at('vgg16', 'adam', 'sam', 0.05):.0f} points",
+        f"gains** {large_gain('sgd+msam'):.1f} points around SGD and {large_gain('adam+msam'):.1f} around Adam",
+        f"loses {loss_at('sgd', 0.05):.0f} and {loss_at('adam', 0.05):.0f} points",
         f"for {100 * large_mean('sgd', 'train_acc'):.0f} and {100 * large_mean('adam', 'train_acc'):.0f} % of their",
     ],
     "README.md": [
-        f"gains {large('sgd+msam'):.1f} points around SGD and {large('adam+msam'):.1f} around Adam",
+        f"gains {large_gain('sgd+msam'):.1f} points around SGD and {large_gain('adam+msam'):.1f} around Adam",
         f"flatter in all {lower(recorded)} comparisons",
         f"SGD + SAM in all {adam_beats_sgd()}",
     ],
@@ -172,9 +171,9 @@ CLAIMS = {
         f"at rho 2 it is {span(realised(2.0, ['paper-code']), 1)}",
         f"plain SGD's falls, to {span(trend('sgd')['lowest'])} of the first epoch's",
         f"to {span(trend('sgd')['last'])} of it in the end",
-        f"Adam's recorded sharpness is {span(large_at_equal_loss(('sgd', 'adam')))} times SGD's",
-        f"SGD's to {span(large_rise('sgd'))} times the first epoch's and Adam's to {span(large_rise('adam'))} times",
-        f"sharpness is {span(large_at_equal_loss(('sgd', 'sgd+sam'), ('adam', 'adam+sam')))} times its base's",
+        f"Adam's recorded sharpness is {large_equal(('sgd', 'adam'))} times SGD's",
+        f"SGD's to {large_rise('sgd')} times the first epoch's and Adam's to {large_rise('adam')} times",
+        f"sharpness is {large_equal(('sgd', 'sgd+sam'), ('adam', 'adam+sam'))} times its base's",
         f"then rises, to {min(trend('adam')['last']):.2f} to {max(trend('adam')['last']):.1f} times the first epoch's",
     ],
 }
@@ -186,8 +185,7 @@ def test_claim(page, claim):
 
 
 def test_how_far_the_proposition_holds_with_10_000_images():
-    held = json.loads((RESULTS / "large-fair" / "sharpness.json").read_text())
-    found = {o: study.reach(study.ratios(held, runs)) for (_, o), runs in LARGE_RUNS.items()}
+    found = {optimizer: study.reach(ratios) for (_, optimizer), ratios in by_rho("large").items()}
     assert (found["sgd"], found["sgd+sam"], found["adam"], found["adam+sam"]) == (0.1, 0.1, 0.05, 0.02)
 
 
@@ -196,7 +194,7 @@ def test_what_excludes_0_with_10_000_images():
     assert {o for o, row in rows.items() if float(row["interval_low"]) > 0} == {"adam+msam"}
     assert {o for o, row in rows.items() if float(row["interval_high"]) < 0} == set()
     for base in ("sgd", "adam"):
-        assert large(f"{base}+sam") < 0
+        assert large_gain(f"{base}+sam") < 0
         for key in ("train_loss", "test_loss"):
             assert large_mean(f"{base}+msam", key) < large_mean(base, key)
 
