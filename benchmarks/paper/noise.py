@@ -205,10 +205,7 @@ def grid_rows(grid: list[Result]) -> Iterator[list[str]]:
         found.setdefault((base, noise, name), {})[r.settings[searched(base, name)]] = r
     order = [(b, n, m) for b, n in dict.fromkeys((b, n) for b, n, _ in found) for m in METHODS if (b, n, m) in found]
     for base, noise, name in order:
-        scores = [
-            f"{value:g}: " + (f"{r.metrics[-1]['val_acc']:.1%}" if r.finished and not r.failed else "diverged")
-            for value, r in sorted(found[base, noise, name].items())
-        ]
+        scores = [f"{value:g}: {r.outcome('val_acc', 1)}" for value, r in sorted(found[base, noise, name].items())]
         number = "learning rate" if name == "base" else searched(base, name).replace("_", " ")
         yield [OPTIMIZERS[base], noise, METHODS[name].title, number, ", ".join(scores)]
 

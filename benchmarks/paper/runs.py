@@ -68,6 +68,12 @@ class Result:
     def finished(self) -> bool:
         return len(self.metrics) == self.settings["epochs"]
 
+    def outcome(self, key: str, digits: int) -> str:
+        """The last epoch's ``key`` in %, or why there is none."""
+        if self.failed:
+            return "diverged"
+        return f"{self.metrics[-1][key]:.{digits}%}" if self.finished else "not finished"
+
     def sharpness(self, rho: float) -> list[float]:
         """As recorded, by epoch, at ``rho``: to first order it is proportional to it. NaN of Momentum-SAM's runs."""
         scale = rho / self.settings["measure_rho"]

@@ -91,7 +91,7 @@ def grid_rows(grid: list[Result], option: str) -> list[tuple[str, str, str, str]
     rows = []
     for (arch, optimizer), runs in by_cell(r for r in grid if (option == "rho") == (r.settings["rho"] > 0)).items():
         scores = [
-            f"{r.settings[option]:g}: " + (f"{r.metrics[-1]['test_acc']:.2%}" if r.finished else "diverged")
+            f"{r.settings[option]:g}: {r.outcome('test_acc', 2)}"
             for r in sorted(runs, key=lambda r: r.settings[option])
         ]
         rows.append((NETWORKS[arch], OPTIMIZERS[optimizer], option, ", ".join(scores)))

@@ -9,7 +9,7 @@ import statistics
 import pytest
 from scipy.stats import ttest_rel
 
-from benchmarks.paper import noise
+from benchmarks.paper import noise, table1_report
 from benchmarks.paper.runs import Result, pack
 from benchmarks.paper.sweep import Grid, search, step_of
 
@@ -53,6 +53,22 @@ def test_search_waits_for_its_runs_and_says_when_all_diverged():
     assert search(grid, lambda values: FakeRun(scores[values["lr"]]), key="val_acc")[1] == {}
     with pytest.raises(noise.train.RunError, match="no run of a grid came to an end: fake"):
         search(grid, lambda values: FakeRun(math.nan), key="val_acc")
+
+
+def test_grids_tell_a_run_that_is_not_finished_from_one_that_diverged():
+    def run(name: str, rho: float, *accuracies: float, failed: str | None = None) -> Result:
+        settings = {"arch": "vgg16", "base": "adam", "rho": rho, "epochs": 2}
+        return Result(name, {"settings": settings}, [{"val_acc": x, "test_acc": x} for x in accuracies], failed)
+
+    grid = [
+        run("grid/adam-40-sam-rho0.1", 0.1, 0.5),
+        run("grid/adam-40-sam-rho0.3", 0.3, 0.1, failed="the training loss is nan"),
+        run("grid/adam-40-sam-rho1", 1.0, 0.25, 0.75),
+    ]
+    [row] = noise.grid_rows(grid)
+    assert row[-1] == "0.1: not finished, 0.3: diverged, 1: 75.0%"
+    [row] = table1_report.grid_rows(grid, "rho")
+    assert row[-1] == "0.1: not finished, 0.3: diverged, 1: 75.00%"
 
 
 def test_the_ladder():
