@@ -267,6 +267,19 @@ def noise() -> list[str]:
     return lines[first:last]
 
 
+NOISE_SECTION = re.compile(r"^## (\w+), (\d+) % wrong, [^\n]*\n\n((?:\|[^\n]*\n)+)", re.MULTILINE)
+
+
+def noise_cifar10() -> list[str]:
+    """The tables of noise.md by base and part of wrong labels, in one."""
+    lines: list[str] = []
+    for base, part, rows in NOISE_SECTION.findall((RESULTS / "noise-cifar10" / "noise.md").read_text()):
+        header, rule, *found = rows.splitlines()
+        lines += [] if lines else [f"| {header}", f"|---{rule}"]
+        lines += [f"| {base}, {part} % {row}" for row in found]
+    return lines
+
+
 def memorising() -> list[str]:
     """The table of memorising.md, without the accuracies of the test set."""
     lines = (RESULTS / "memorising" / "memorising.md").read_text().splitlines()
@@ -293,6 +306,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "sharpness-ratio": sharpness_ratio,
     "gpu": gpu,
     "noise": noise,
+    "noise-cifar10": noise_cifar10,
     "memorising": memorising,
     "rounding": rounding,
 }

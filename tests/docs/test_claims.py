@@ -1,4 +1,4 @@
-"""What the text says of Table I and of sharpness is what the committed runs say."""
+"""What the text says of Table I, of sharpness and of wrong labels is what the committed runs say."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
+from benchmarks.paper import noise
 from benchmarks.paper import sharpness_study as study
 from benchmarks.paper.runs import NETWORKS, Result, by_cell, networks_of, read_runs
 from tests.docs.tables import RECIPES, RESULTS, cells_of
@@ -142,6 +143,48 @@ def loss_at(base: str, rho: float) -> float:
     return 100 * (plain - sam.metrics[-1]["test_acc"])
 
 
+NOISE = {
+    dataset: noise.cells_of([r for r in read_runs(RESULTS / f"noise-{dataset}") if not r.in_grid])
+    for dataset in ("digits", "cifar10")
+}
+
+
+def wrong_labels(dataset: str, base: str, part: int, method: str, at: str = "last") -> tuple[float, float]:
+    """The interval of what ``method`` adds to the test accuracy, after the last epoch or in the best one."""
+    plain, other = (NOISE[dataset][base, part, name] for name in ("base", method))
+    values = [cell.best() if at == "best" else cell.last("test_acc") for cell in (plain, other)]
+    low, high = map(float, noise.gain(*values).split(" to "))
+    return low, high
+
+
+def size(dataset: str, base: str, part: int, method: str, at: str = "last") -> str:
+    """Of a gain or a loss whose interval excludes 0."""
+    interval = wrong_labels(dataset, base, part, method, at)
+    assert interval[0] * interval[1] > 0
+    return span(map(abs, interval), 1)
+
+
+def above_early_stopping(base: str) -> tuple[float, float]:
+    """The interval of SAM's last epoch, in the second half, less the base's best one: CIFAR-10, 40 % wrong."""
+    plain, late = (NOISE["cifar10"][base, 40, method] for method in ("base", "late"))
+    low, high = map(float, noise.gain(plain.best(), late.last("test_acc")).split(" to "))
+    return low, high
+
+
+def of_sgd(method: str, key: str, epoch: int = -1) -> float:
+    """The mean in %: CIFAR-10, 40 % wrong."""
+    return 100 * statistics.mean(r.metrics[epoch][key] for r in NOISE["cifar10"]["sgd", 40, method].runs.values())
+
+
+def rho_of(base: str, method: str) -> float:
+    [rho] = {r.settings["rho"] for r in NOISE["cifar10"][base, 40, method].runs.values()}
+    return rho
+
+
+SGD_STOPPED = f"{100 * statistics.mean(NOISE['cifar10']['sgd', 40, 'base'].best().values()):.1f} %"
+LATE_TIME = noise.time_ratio(*(NOISE["cifar10"]["sgd", 40, method].seconds() for method in ("base", "late")))
+
+
 EQUAL = at_equal_loss(("sgd", "sgd+sam"), ("adam", "adam+sam"))
 CLAIMS = {
     "docs/reproduction.md": [
@@ -160,8 +203,29 @@ CLAIMS = {
         f"gains {large_gain('sgd+msam'):.1f} points around SGD and {large_gain('adam+msam'):.1f} around Adam",
         f"flatter in all {lower(recorded)} comparisons",
         f"SGD + SAM in all {adam_beats_sgd()}",
+        f"SGD ends at {of_sgd('base', 'test_acc'):.1f} % accuracy on the clean test images, with",
+        f"{of_sgd('base', 'memorised'):.0f} % of the wrong labels memorised. With SAM in the second half",
+        f"in {float(LATE_TIME):.1f} times the time, it ends at {of_sgd('late', 'test_acc'):.1f} %, with",
+        f"{of_sgd('late', 'memorised'):.0f} % memorised. SGD stopped in its best epoch has {SGD_STOPPED}.",
     ],
-    "docs/choosing.md": [f"here in all {IN_WORDS[sum(x > 0 for x in differences(last('train_loss')))]} comparisons"],
+    "docs/choosing.md": [
+        f"here in all {IN_WORDS[sum(x > 0 for x in differences(last('train_loss')))]} comparisons",
+        f"most**, {size('digits', 'adam', 60, 'long')} points in SAM's time",
+        f"SAM in the second half gains {size('digits', 'adam', 60, 'late')}. Momentum-SAM",
+        f"Momentum-SAM loses {size('digits', 'adam', 60, 'msam')}.",
+        f"SAM in the second half gains {size('digits', 'sgd', 60, 'late')} points, ASAM",
+        f"ASAM {size('digits', 'sgd', 60, 'asam')}, an ascent on a quarter of the batch",
+        f"of the batch {size('digits', 'sgd', 60, 'part')}.",
+        f"{size('cifar10', 'sgd', 40, 'late')} points around SGD and {size('cifar10', 'adam', 40, 'late')} around Adam",
+        f"SGD ends with {of_sgd('base', 'memorised'):.0f} % of the wrong labels memorised",
+        f"falls from {of_sgd('late', 'memorised', 14):.0f} to {of_sgd('late', 'memorised', 15):.0f} % in the",
+        f"first epoch of the second half, and ends at {of_sgd('late', 'memorised'):.0f} %",
+        f"best epoch by validation has {SGD_STOPPED}. SAM",
+        f"without stopping, ends {span(above_early_stopping('sgd'), 1)} points above that",
+        f"choose {rho_of('sgd', 'sam'):g} for both. In the second half they choose {rho_of('sgd', 'late'):g} and "
+        f"{rho_of('adam', 'late'):g}.",
+        f"best epoch it is {size('cifar10', 'sgd', 40, 'msam', 'best')} points above the base's best",
+    ],
     "docs/sharpness.md": [
         f"the realised and the average sharpness in all {lower(measured('realised'))} comparisons",
         f"the first-order one in {lower(measured('first_order'))}",
@@ -197,6 +261,27 @@ def test_what_excludes_0_with_10_000_images():
         assert large_gain(f"{base}+sam") < 0
         for key in ("train_loss", "test_loss"):
             assert large_mean(f"{base}+msam", key) < large_mean(base, key)
+
+
+def test_what_excludes_0_with_wrong_labels():
+    gains = {
+        (base, method): wrong_labels("cifar10", base, 40, method)
+        for base in ("sgd", "adam")
+        for method in ("sam", "late", "msam")
+    }
+    assert {cell for cell, (low, high) in gains.items() if low > 0} == {("sgd", "late"), ("adam", "late")}
+    assert {cell for cell, (low, high) in gains.items() if high < 0} == set()
+    low, high = above_early_stopping("adam")
+    assert low < 0 < high
+
+
+def test_a_large_rho_from_the_start_does_not_train():
+    grid = [r for r in read_runs(RESULTS / "noise-cifar10") if r.name.startswith("grid/") and "-sam-" in r.name]
+    trained = {base: {r.settings["rho"] for r in grid if r.settings["base"] == base} for base in ("sgd", "adam")}
+    for r in grid:
+        if r.metrics[-1]["test_acc"] < 0.11:  # one class for all images
+            trained[r.settings["base"]].remove(r.settings["rho"])
+    assert (max(trained["sgd"]), max(trained["adam"])) == (0.03, 0.1)
 
 
 def test_the_intervals_are_of_sgd():
