@@ -143,32 +143,35 @@ def loss_at(base: str, rho: float) -> float:
     return 100 * (plain - sam.metrics[-1]["test_acc"])
 
 
-NOISE = {
-    dataset: noise.cells_of([r for r in read_runs(RESULTS / f"noise-{dataset}") if not r.in_grid])
-    for dataset in ("digits", "cifar10")
-}
+READ_NOISE = {dataset: read_runs(RESULTS / f"noise-{dataset}") for dataset in ("digits", "cifar10")}
+NOISE = {dataset: noise.cells_of([r for r in runs if not r.in_grid]) for dataset, runs in READ_NOISE.items()}
+
+
+def interval(plain: dict[int, float], other: dict[int, float]) -> tuple[float, float]:
+    """Of other - plain, paired by seed, in percentage points."""
+    low, high = map(float, noise.gain(plain, other).split(" to "))
+    return low, high
 
 
 def wrong_labels(dataset: str, base: str, part: int, method: str, at: str = "last") -> tuple[float, float]:
     """The interval of what ``method`` adds to the test accuracy, after the last epoch or in the best one."""
     plain, other = (NOISE[dataset][base, part, name] for name in ("base", method))
-    values = [cell.best() if at == "best" else cell.last("test_acc") for cell in (plain, other)]
-    low, high = map(float, noise.gain(*values).split(" to "))
-    return low, high
+    if at == "best":
+        return interval(plain.best(), other.best())
+    return interval(plain.last("test_acc"), other.last("test_acc"))
 
 
 def size(dataset: str, base: str, part: int, method: str, at: str = "last") -> str:
     """Of a gain or a loss whose interval excludes 0."""
-    interval = wrong_labels(dataset, base, part, method, at)
-    assert interval[0] * interval[1] > 0
-    return span(map(abs, interval), 1)
+    low, high = wrong_labels(dataset, base, part, method, at)
+    assert low * high > 0
+    return span((abs(low), abs(high)), 1)
 
 
 def above_early_stopping(base: str) -> tuple[float, float]:
     """The interval of SAM's last epoch, in the second half, less the base's best one: CIFAR-10, 40 % wrong."""
     plain, late = (NOISE["cifar10"][base, 40, method] for method in ("base", "late"))
-    low, high = map(float, noise.gain(plain.best(), late.last("test_acc")).split(" to "))
-    return low, high
+    return interval(plain.best(), late.last("test_acc"))
 
 
 def of_sgd(method: str, key: str, epoch: int = -1) -> float:
@@ -276,7 +279,7 @@ def test_what_excludes_0_with_wrong_labels():
 
 
 def test_a_large_rho_from_the_start_does_not_train():
-    grid = [r for r in read_runs(RESULTS / "noise-cifar10") if r.name.startswith("grid/") and "-sam-" in r.name]
+    grid = [r for r in READ_NOISE["cifar10"] if r.in_grid and "-sam-" in r.name]
     trained = {base: {r.settings["rho"] for r in grid if r.settings["base"] == base} for base in ("sgd", "adam")}
     for r in grid:
         if r.metrics[-1]["test_acc"] < 0.11:  # one class for all images
