@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 
 import train
 
 from ..plots import band, figure, legend_above
 from ..tables import percent, table
+from .intervals import t_interval
 from .runs import GRID, OPTIMIZERS, Result, read_packed, read_runs
 from .sweep import Case, Grid, Run, command, command_line, tune
 
@@ -161,12 +161,10 @@ def cells_of(results: list[Result]) -> dict[tuple[str, int, str], Cell]:
 def gain(base: dict[int, float], other: dict[int, float]) -> str:
     """The 95 % t interval of other - base in percentage points, paired by seed."""
     differences = [100 * (other[seed] - base[seed]) for seed in sorted(base.keys() & other.keys())]
-    n = len(differences)
-    if n < 2:
+    if len(differences) < 2:
         return "-"
-    mean = statistics.mean(differences)
-    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(differences) / n**0.5
-    return f"{mean - half:+.1f} to {mean + half:+.1f}"
+    low, high = t_interval(differences)
+    return f"{low:+.1f} to {high:+.1f}"
 
 
 def time_ratio(base: dict[int, float], other: dict[int, float]) -> str:

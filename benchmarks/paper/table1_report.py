@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
 import train
 
 from ..plots import band, figure, legend_above, log_scale, plt
 from ..tables import table
+from .intervals import t_interval
 from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, networks_of, of_network, read_runs, recorded
 
 #: Test accuracy in %, mean and standard deviation over three seeds: Table I of the paper.
@@ -72,9 +71,7 @@ def paired(base: Cell, sam: Cell) -> tuple[int, float | None, tuple[float, float
     n = len(differences)
     if n < 2:
         return n, (differences[0] if n else None), None
-    mean = statistics.mean(differences)
-    half = student.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
-    return n, mean, (mean - half, mean + half)
+    return n, statistics.mean(differences), t_interval(differences)
 
 
 # ---- the table ----
