@@ -3,6 +3,7 @@
     python -m benchmarks.paper.table1 --preset paper --recipe paper-text --data DIR --device cuda --out runs/paper-text
     python -m benchmarks.paper.table1 --preset cpu --recipe fair --data DIR --threads 1 --out runs/cpu-fair
     python -m benchmarks.paper.table1 --preset large --recipe fair --data DIR --threads 1 --out runs/large-fair
+    python -m benchmarks.paper.table1 --preset all --recipe fair --data DIR --threads 1 --out runs/all-fair
     python -m benchmarks.paper.table1 ... --dry-run                          # what is done, and how long the rest takes
     python -m benchmarks.paper.table1 --report-only --out results/cpu-fair   # the table and figures of what --out holds
 
@@ -11,7 +12,7 @@ chosen for each network on a held-out part of the training set, from the grids t
 
 Preset large has Momentum-SAM beside the paper's rows, trains in bfloat16, tests after the last epoch only, and shows
 the accuracy on held-out images by epoch. It chooses on a shorter schedule, and extends a grid while its best value is
-at its edge.
+at its edge. Preset all trains on all images, with what preset large chooses: its grids are the same runs.
 
 The same command goes on with a sweep that was cut (see sweep.py). Several processes that share --out, with --threads 1
 each, get more out of a CPU than one with more threads, at small widths. Writes table1.md, table1.csv, figure1.png and
@@ -47,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_size": None,
         "validate": None,
         "holdout": 5000,
-        "grid_epochs": None,  # as many as the table's runs have
+        "grid": {},  # what its runs have in place of the table's
         "extend": 0,
         "amp": None,
         "methods": ["base", "sam"],
@@ -60,7 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_size": 500,
         "validate": None,
         "holdout": 5000,
-        "grid_epochs": None,
+        "grid": {},
         "extend": 0,
         "amp": None,
         "methods": ["base", "sam"],
@@ -73,7 +74,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_size": 0,
         "validate": 2000,
         "holdout": 2000,
-        "grid_epochs": 20,
+        "grid": {"epochs": 20},
+        "extend": 3,
+        "amp": "bf16",
+        "methods": ["base", "sam", "msam"],
+    },
+    "all": {
+        "width": {"resnet18": 16, "vgg16": 16},
+        "epochs": 30,
+        "batch_size": 128,
+        "train_size": None,
+        "eval_size": None,
+        "validate": None,
+        "holdout": 2000,
+        "grid": {"epochs": 20, "train_size": 10_000, "eval_size": 0},  # preset large's
         "extend": 3,
         "amp": "bf16",
         "methods": ["base", "sam", "msam"],
@@ -118,7 +132,7 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
             seed=GRID_SEED,
             holdout=args.holdout,
             validate=None,
-            epochs=args.grid_epochs or args.epochs,
+            **args.grid,
             **values,
         )
 
@@ -207,6 +221,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     g = p.add_argument_group("of the fair recipe's grids; without them, the preset's")
     g.add_argument("--grid-epochs", type=int, metavar="N", help="of a run that something is chosen by")
+    g.set_defaults(grid=None)
     g.add_argument("--extend", type=int, metavar="N", help="by how many values a grid may grow to each side")
     g = p.add_argument_group("as in train.py; without them, the preset's")
     g.add_argument("--dataset", default="cifar10")
@@ -222,6 +237,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.grid_epochs is not None:
+        args.grid = {**args.grid, "epochs": args.grid_epochs}
     if args.out is None:
         args.out = Path("runs") / f"{args.preset}-{args.recipe}"
     return args

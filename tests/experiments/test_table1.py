@@ -95,6 +95,19 @@ def test_the_large_preset(trained, tmp_path, monkeypatch):
     assert "0.0005: " in text
 
 
+def test_the_preset_of_all_images_chooses_by_the_large_one_s_runs(tmp_path):
+    """It begins with those that were run for results/large-fair, and trains on all images only in its table."""
+    held = ROOT / "results" / "large-fair" / runs.PACKED
+    (tmp_path / runs.PACKED).write_bytes(held.read_bytes())
+    flags = ["--preset", "all", "--recipe", "fair", "--archs", "vgg16", "--bases", "adam", "--out", str(tmp_path)]
+    rates, rhos, last = table1.plan(table1.parse(flags))
+    assert all(run.finished() for run in rates + rhos)
+    found = {run.settings.lr for run in last}, {(run.settings.method, run.settings.rho) for run in last}
+    assert found == ({0.001}, {("sam", 0), ("sam", 0.0015), ("msam", 0.05)})
+    assert {(run.settings.train_size, run.settings.validate, run.settings.epochs) for run in last} == {(None, None, 30)}
+    assert len(last) == 9
+
+
 def test_finished_runs_are_skipped_also_without_their_checkpoint(trained, tmp_path, capsys):
     flags = [*SMALL, "--seeds", "0", "--out", str(tmp_path)]
     assert table1.main([*flags, "--max-runs", "1"]) == 0
