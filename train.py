@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import sam_fused
 from sam_fused import FusedMSAM, FusedSAM, LambdaRho, late, norm_only
-from sam_fused.fused import extension
+from sam_fused.extension import extension
 
 # ---- settings ----
 

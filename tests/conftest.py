@@ -35,7 +35,7 @@ elif PLACE == "cuda":
 elif PLACE != "cpu":
     pytest.exit(f"SAM_FUSED_TEST_DEVICE: expected cpu, cuda or emulated, got {PLACE!r}", returncode=1)
 
-from sam_fused.fused import extension as built  # only now that the backend is chosen
+from sam_fused.extension import extension as built  # only now that the backend is chosen
 
 try:
     built()

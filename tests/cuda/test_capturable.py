@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import sam_fused.buffers
 import sam_fused.fused
 from sam_fused import FusedMSAM, FusedSAM
 from sam_fused.bases import native_update
@@ -91,7 +92,8 @@ def test_errors_under_capture_in_one_pass(monkeypatch):
     params = awkward(torch.float32)
     set_grads(params, 0)
     capturing = False
-    monkeypatch.setattr(sam_fused.fused, "_capturing", lambda: capturing)
+    for module in (sam_fused.buffers, sam_fused.fused):
+        monkeypatch.setattr(module, "capturing", lambda: capturing)
     for options, message in (
         ({}, r"param_groups\[0\]: a CUDA graph is capturing .* capturable=True"),
         ({"capturable": True}, r"state cannot be made in a CUDA graph: run a step before"),
@@ -114,7 +116,8 @@ def test_errors_under_capture(monkeypatch):
     params = awkward(torch.float32)
     set_grads(params, 0)
     capturing = False
-    monkeypatch.setattr(sam_fused.fused, "_capturing", lambda: capturing)
+    for module in (sam_fused.buffers, sam_fused.fused):
+        monkeypatch.setattr(module, "capturing", lambda: capturing)
     for options, message in (
         ({}, r"param_groups\[0\]: a CUDA graph is capturing .* capturable=True"),
         ({"capturable": True}, r"state cannot be made in a CUDA graph: run a step before"),

@@ -15,7 +15,7 @@ import sys
 
 import pytest
 
-from sam_fused.fused import BUILD_COMMAND
+from sam_fused.extension import BUILD_COMMAND
 from tests.docs.pages import PAGES, Block, blocks
 from tests.experiments.test_train import folder
 from tests.helpers.paths import ROOT

@@ -13,7 +13,7 @@ import pytest
 
 import sam_fused
 from sam_fused import _C
-from sam_fused.fused import BUILD_COMMAND
+from sam_fused.extension import BUILD_COMMAND
 from tests.helpers.paths import ROOT
 
 
