@@ -88,56 +88,65 @@ def test_a_learning_rate_in_a_tensor_costs_no_operator(cls, dtype):
     assert called[0] == called[1]
 
 
-def test_errors_under_capture_in_one_pass(monkeypatch):
+class Capture:
+    """Whether a CUDA graph is being captured, as far as the optimizers know."""
+
+    on = False
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    capture = Capture()
+    for module in (sam_fused.buffers, sam_fused.fused):
+        monkeypatch.setattr(module, "capturing", lambda: capture.on)
+    return capture
+
+
+#: What an update of Adam says in a capture, by its options.
+UPDATE_ERRORS = (
+    ({}, r"param_groups\[0\]: a CUDA graph is capturing .* capturable=True"),
+    ({"capturable": True}, r"state cannot be made in a CUDA graph: run a step before"),
+)
+
+
+def test_errors_under_capture_in_one_pass(capture):
     params = awkward(torch.float32)
     set_grads(params, 0)
-    capturing = False
-    for module in (sam_fused.buffers, sam_fused.fused):
-        monkeypatch.setattr(module, "capturing", lambda: capturing)
-    for options, message in (
-        ({}, r"param_groups\[0\]: a CUDA graph is capturing .* capturable=True"),
-        ({"capturable": True}, r"state cannot be made in a CUDA graph: run a step before"),
-    ):
+    for options, message in UPDATE_ERRORS:
         opt = FusedMSAM(params, torch.optim.Adam, rho=0.3, **options)
         before = clones(params)
-        capturing = True
+        capture.on = True
         with pytest.raises(RuntimeError, match=message):
             opt.step()
         assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
-        capturing = False
+        capture.on = False
         opt.step()
         opt.eval()
     opt.train()
-    capturing = True
+    capture.on = True
     opt.step()  # the state is there
 
 
-def test_errors_under_capture(monkeypatch):
+def test_errors_under_capture(capture):
     params = awkward(torch.float32)
     set_grads(params, 0)
-    capturing = False
-    for module in (sam_fused.buffers, sam_fused.fused):
-        monkeypatch.setattr(module, "capturing", lambda: capturing)
-    for options, message in (
-        ({}, r"param_groups\[0\]: a CUDA graph is capturing .* capturable=True"),
-        ({"capturable": True}, r"state cannot be made in a CUDA graph: run a step before"),
-    ):
+    for options, message in UPDATE_ERRORS:
         opt = FusedSAM(params, torch.optim.Adam, **options)
-        capturing = True
+        capture.on = True
         with pytest.raises(RuntimeError, match=r"backup cannot be made in a CUDA graph: run a step before"):
             opt.first_step()
         assert not opt.perturbed
-        capturing = False
+        capture.on = False
         opt.first_step()
         opt.restore()
-        capturing = True
+        capture.on = True
         opt.first_step()
         with pytest.raises(RuntimeError, match=message):
             opt.second_step()
         opt.restore()
-        capturing = False
+        capture.on = False
         opt.step()
-    capturing = True
+    capture.on = True
     opt.first_step()
     opt.second_step()  # the state is there
 
