@@ -213,7 +213,7 @@ def test_reading_a_value_is_noticed():
     """A base that is called by its own step() must know whether to skip it."""
     params = awkward(torch.float32)
     set_grads(params, 0)
-    opt = FusedSAM(params, torch.optim.Adagrad)
+    opt = FusedSAM(params, torch.optim.Adagrad, rho=0)
     opt.found_inf = torch.zeros(())
     with NothingWaits(), pytest.raises(AssertionError, match="_local_scalar_dense in a step"):
         opt.step()
