@@ -158,8 +158,9 @@ def pipeline() -> list[str]:
 
 
 def cells_of(sweep: str) -> dict[tuple[str, str], dict[str, str]]:
+    """Those with all three seeds."""
     with (RESULTS / sweep / "table1.csv").open() as file:
-        return {(row["network"], row["optimizer"]): row for row in csv.DictReader(file)}
+        return {(row["network"], row["optimizer"]): row for row in csv.DictReader(file) if row["n"] == "3"}
 
 
 CELLS = [(network, optimizer) for network in NETWORKS for optimizer in ("sgd", "sgd+sam", "adam", "adam+sam")]

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.paper import noise
 from benchmarks.paper import sharpness_study as study
-from benchmarks.paper.runs import NETWORKS, Result, by_cell, networks_of, read_runs
+from benchmarks.paper.runs import NETWORKS, Result, by_cell, read_runs
 from tests.docs.tables import RECIPES, RESULTS, cells_of
 from tests.helpers.paths import ROOT
 
@@ -99,19 +99,23 @@ def realised(at: float, recipes: Iterable[str]) -> list[float]:
     return [ratios[at] for recipe in recipes for ratios in by_rho(recipe).values()]
 
 
-def at_equal_loss(*pairs: tuple[str, str], recipes: Iterable[str] = RECIPES) -> list[float]:
+def at_equal_loss(
+    *pairs: tuple[str, str], recipes: Iterable[str] = RECIPES, networks: Iterable[str] = tuple(NETWORKS)
+) -> list[float]:
     found = []
     for recipe in recipes:
-        for network in networks_of(RUNS[recipe]):
+        for network in networks:
             for one, other in pairs:
                 cells = [{r.settings["seed"]: r for r in RUNS[recipe][network, name]} for name in (one, other)]
                 found += [study.at_equal_loss(cells[0][seed], cells[1][seed])[1] for seed in cells[0]]
     return found
 
 
-def trend(optimizer: str, recipes: Iterable[str] = RECIPES) -> dict[str, list[float]]:
+def trend(
+    optimizer: str, recipes: Iterable[str] = RECIPES, networks: Iterable[str] = tuple(NETWORKS)
+) -> dict[str, list[float]]:
     """Recorded sharpness over the first epoch's: the lowest and the last of each run."""
-    runs = [r for recipe in recipes for (_, name), rs in RUNS[recipe].items() if name == optimizer for r in rs]
+    runs = [r for recipe in recipes for network in networks for r in RUNS[recipe][network, optimizer]]
     curves = [[x / r.sharpness(1)[0] for x in r.sharpness(1)] for r in runs]
     return {"lowest": [min(c) for c in curves], "last": [c[-1] for c in curves]}
 
@@ -119,28 +123,43 @@ def trend(optimizer: str, recipes: Iterable[str] = RECIPES) -> dict[str, list[fl
 LARGE = cells_of("large-fair")
 
 
-def large_gain(optimizer: str) -> float:
-    return float(LARGE["vgg16", optimizer]["sam_minus_base"])
+class Large:
+    """One network of the table with 10,000 images."""
+
+    def __init__(self, network: str) -> None:
+        self.network = network
+        self.rows = {optimizer: row for (name, optimizer), row in LARGE.items() if name == network}
+
+    def gain(self, optimizer: str) -> float:
+        return float(self.rows[optimizer]["sam_minus_base"])
+
+    def excludes_0(self) -> tuple[set[str], set[str]]:
+        """What gains, and what loses, with an interval that excludes 0."""
+        rows = {optimizer: row for optimizer, row in self.rows.items() if row["interval_low"]}
+        gains = {optimizer for optimizer, row in rows.items() if float(row["interval_low"]) > 0}
+        return gains, {optimizer for optimizer, row in rows.items() if float(row["interval_high"]) < 0}
+
+    def mean(self, optimizer: str, key: str) -> float:
+        return mean("large", (self.network, optimizer), last(key))
+
+    def reach(self, optimizer: str) -> float | None:
+        return study.reach(study.ratios(HELD["large"], RUNS["large"][self.network, optimizer]))
+
+    def equal(self, *pairs: tuple[str, str]) -> str:
+        return span(at_equal_loss(*pairs, recipes=["large"], networks=[self.network]))
+
+    def rise(self, optimizer: str) -> str:
+        return span(trend(optimizer, ["large"], [self.network])["last"])
+
+    def loss_at(self, base: str, rho: float) -> float:
+        """What SAM at ``rho`` loses to the plain base in the grids, in percentage points of the held-out images."""
+        grid = [r for r in READ["large"] if r.in_grid]
+        plain = max(r.metrics[-1]["test_acc"] for r in grid if r.cell == (self.network, base))
+        [sam] = [r for r in grid if r.cell == (self.network, f"{base}+sam") and r.settings["rho"] == rho]
+        return 100 * (plain - sam.metrics[-1]["test_acc"])
 
 
-def large_mean(optimizer: str, key: str) -> float:
-    return mean("large", ("vgg16", optimizer), last(key))
-
-
-def large_equal(*pairs: tuple[str, str]) -> str:
-    return span(at_equal_loss(*pairs, recipes=["large"]))
-
-
-def large_rise(optimizer: str) -> str:
-    return span(trend(optimizer, ["large"])["last"])
-
-
-def loss_at(base: str, rho: float) -> float:
-    """What SAM at ``rho`` loses to the plain base in VGG16's grids, in percentage points of the held-out images."""
-    grid = [r for r in READ["large"] if r.in_grid]
-    plain = max(r.metrics[-1]["test_acc"] for r in grid if r.cell == ("vgg16", base))
-    [sam] = [r for r in grid if r.cell == ("vgg16", f"{base}+sam") and r.settings["rho"] == rho]
-    return 100 * (plain - sam.metrics[-1]["test_acc"])
+VGG16 = Large("vgg16")
 
 
 READ_NOISE = {dataset: read_runs(RESULTS / f"noise-{dataset}") for dataset in ("digits", "cifar10")}
@@ -198,12 +217,12 @@ CLAIMS = {
         f"SAM lowers the test loss in {lower(last('test_loss'))} of twelve, all",
         f"all {lower(last('test_loss'), ['fair'])} of `fair` among them",
         f"higher training loss, in all {IN_WORDS[sum(x > 0 for x in differences(last('train_loss')))]}",
-        f"gains** {large_gain('sgd+msam'):.1f} points around SGD and {large_gain('adam+msam'):.1f} around Adam",
-        f"loses {loss_at('sgd', 0.05):.0f} and {loss_at('adam', 0.05):.0f} points",
-        f"for {100 * large_mean('sgd', 'train_acc'):.0f} and {100 * large_mean('adam', 'train_acc'):.0f} % of their",
+        f"gains** {VGG16.gain('sgd+msam'):.1f} points around SGD and {VGG16.gain('adam+msam'):.1f} around Adam",
+        f"loses {VGG16.loss_at('sgd', 0.05):.0f} and {VGG16.loss_at('adam', 0.05):.0f} points",
+        f"for {100 * VGG16.mean('sgd', 'train_acc'):.0f} and {100 * VGG16.mean('adam', 'train_acc'):.0f} % of their",
     ],
     "README.md": [
-        f"gains {large_gain('sgd+msam'):.1f} points around SGD and {large_gain('adam+msam'):.1f} around Adam",
+        f"gains {VGG16.gain('sgd+msam'):.1f} points around SGD and {VGG16.gain('adam+msam'):.1f} around Adam",
         f"flatter in all {lower(recorded)} comparisons",
         f"SGD + SAM in all {adam_beats_sgd()}",
         f"SGD ends at {of_sgd('base', 'test_acc'):.1f} % accuracy on the clean test images, with",
@@ -238,9 +257,9 @@ CLAIMS = {
         f"at rho 2 it is {span(realised(2.0, ['paper-code']), 1)}",
         f"plain SGD's falls, to {span(trend('sgd')['lowest'])} of the first epoch's",
         f"to {span(trend('sgd')['last'])} of it in the end",
-        f"Adam's recorded sharpness is {large_equal(('sgd', 'adam'))} times SGD's",
-        f"SGD's to {large_rise('sgd')} times the first epoch's and Adam's to {large_rise('adam')} times",
-        f"sharpness is {large_equal(('sgd', 'sgd+sam'), ('adam', 'adam+sam'))} times its base's",
+        f"Adam's recorded sharpness is {VGG16.equal(('sgd', 'adam'))} times SGD's",
+        f"SGD's to {VGG16.rise('sgd')} times the first epoch's and Adam's to {VGG16.rise('adam')} times",
+        f"sharpness is {VGG16.equal(('sgd', 'sgd+sam'), ('adam', 'adam+sam'))} times its base's",
         f"then rises, to {min(trend('adam')['last']):.2f} to {max(trend('adam')['last']):.1f} times the first epoch's",
     ],
 }
@@ -252,18 +271,15 @@ def test_claim(page, claim):
 
 
 def test_how_far_the_proposition_holds_with_10_000_images():
-    found = {optimizer: study.reach(ratios) for (_, optimizer), ratios in by_rho("large").items()}
-    assert (found["sgd"], found["sgd+sam"], found["adam"], found["adam+sam"]) == (0.1, 0.1, 0.05, 0.02)
+    assert [VGG16.reach(optimizer) for optimizer in ("sgd", "sgd+sam", "adam", "adam+sam")] == [0.1, 0.1, 0.05, 0.02]
 
 
 def test_what_excludes_0_with_10_000_images():
-    rows = {optimizer: row for (_, optimizer), row in LARGE.items() if row["interval_low"]}
-    assert {o for o, row in rows.items() if float(row["interval_low"]) > 0} == {"adam+msam"}
-    assert {o for o, row in rows.items() if float(row["interval_high"]) < 0} == set()
+    assert VGG16.excludes_0() == ({"adam+msam"}, set())
     for base in ("sgd", "adam"):
-        assert large_gain(f"{base}+sam") < 0
+        assert VGG16.gain(f"{base}+sam") < 0
         for key in ("train_loss", "test_loss"):
-            assert large_mean(f"{base}+msam", key) < large_mean(base, key)
+            assert VGG16.mean(f"{base}+msam", key) < VGG16.mean(base, key)
 
 
 def test_what_excludes_0_with_wrong_labels():
