@@ -79,19 +79,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "amp": "bf16",
         "methods": ["base", "sam", "msam"],
     },
-    "all": {
-        "width": {"resnet18": 16, "vgg16": 16},
-        "epochs": 30,
-        "batch_size": 128,
-        "train_size": None,
-        "eval_size": None,
-        "validate": None,
-        "holdout": 2000,
-        "grid": {"epochs": 20, "train_size": 10_000, "eval_size": 0},  # preset large's
-        "extend": 3,
-        "amp": "bf16",
-        "methods": ["base", "sam", "msam"],
-    },
+}
+LARGE = PRESETS["large"]
+PRESETS["all"] = {
+    **LARGE,
+    "train_size": None,
+    "eval_size": None,
+    "validate": None,
+    "grid": {**LARGE["grid"], "train_size": LARGE["train_size"], "eval_size": LARGE["eval_size"]},  # the same runs
 }
 # Flags of train.py that take a number.
 NUMBERS = ("width", "epochs", "batch_size", "train_size", "eval_size", "validate", "holdout")
@@ -221,7 +216,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     g = p.add_argument_group("of the fair recipe's grids; without them, the preset's")
     g.add_argument("--grid-epochs", type=int, metavar="N", help="of a run that something is chosen by")
-    g.set_defaults(grid=None)
     g.add_argument("--extend", type=int, metavar="N", help="by how many values a grid may grow to each side")
     g = p.add_argument_group("as in train.py; without them, the preset's")
     g.add_argument("--dataset", default="cifar10")
@@ -235,7 +229,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         g.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
     args = p.parse_args(argv)
     for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
     if args.grid_epochs is not None:
         args.grid = {**args.grid, "epochs": args.grid_epochs}
