@@ -49,6 +49,7 @@ class MSAM(Around):
             for module in inner_modules(self.model):
                 # before FSDP2's, which gathers the weights
                 module.register_forward_pre_hook(hooks.before_forward, prepend=True)
+            for module in self.model.modules():  # a part may be saved alone
                 module.register_state_dict_pre_hook(hooks.before_state_dict)
                 module.register_load_state_dict_pre_hook(hooks.before_loading)
 

@@ -348,6 +348,23 @@ def test_the_model_shows_the_weights_that_are_wanted(cls):
 
 
 @both
+def test_a_part_of_the_model_is_saved_and_loaded_at_the_clean_weights(cls):
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
+    train(model, opt, range(2))
+    opt.restore()
+    clean = values(model)
+    backward(model, 2)
+    assert not same(model, clean)
+    assert torch.equal(model[0].state_dict()["weight"], clean[0])
+    backward(model, 2)
+    model[0].load_state_dict({"weight": torch.zeros(8, 5), "bias": torch.zeros(8)})
+    backward(model, 2)
+    opt.step()
+    assert torch.equal(model[3].state_dict()["weight"], values(model)[4])
+
+
+@both
 def test_with_and_without_a_model_are_the_same_training(cls):
     ends = []
     for given in (False, True):
