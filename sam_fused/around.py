@@ -26,7 +26,7 @@ class Around(Optimizer):
         model: as given.
     """
 
-    #: A subclass's.
+    #: Set by the subclass.
     arithmetic: type[Arithmetic]
     #: How to get out of the perturbed weights, for errors.
     way_back: str
@@ -63,9 +63,9 @@ class Around(Optimizer):
         self._set_up()
 
     def _set_up(self) -> None:
-        """What a copy makes anew."""
+        """Make what is not copied: called by ``__init__``, and after copying and unpickling."""
         self._arithmetic = self.arithmetic(self.base_optimizer)
-        self.base_optimizer.register_load_state_dict_pre_hook(_keep_options)
+        self.base_optimizer.register_load_state_dict_pre_hook(_adapted)
 
     # ---- one list of parameter groups, one state and one set of defaults, the base's ----
 
@@ -164,6 +164,7 @@ class Around(Optimizer):
 
         Raises:
             RuntimeError: if the weights are perturbed.
+            ValueError: if it does not fit, or is of another library's SAM.
         """
         self._check_not_perturbed("load_state_dict()")
         super().load_state_dict(state_dict)
@@ -177,11 +178,20 @@ class Around(Optimizer):
             super().__setstate__(state)
             self._set_up()
         else:  # from Optimizer.load_state_dict; the base fills in what older checkpoints lack
-            self.base_optimizer.__setstate__(_keep_options(self, state))
+            self.base_optimizer.__setstate__(_adapted(self, state))
 
 
-def _keep_options(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of the plain base, with the SAM options that ``opt`` has now."""
+def _adapted(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of the plain base, with the SAM options that ``opt`` has now.
+
+    Raises:
+        ValueError: for a checkpoint of davda54/sam or pytorch_optimizer's SAM.
+    """
+    if any("old_p" in of_param for of_param in state_dict["state"].values()):
+        raise ValueError(
+            "state_dict: another library's SAM left its backups of the weights in it, 'old_p', and perhaps no state of "
+            "the base; load the model's weights alone, or, if the base's state is there, delete 'old_p' everywhere"
+        )
     options = [{name: group[name] for name in _OPTIONS} for group in opt.param_groups]
     groups = state_dict["param_groups"]
     if len(groups) != len(options):

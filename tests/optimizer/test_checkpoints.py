@@ -246,6 +246,23 @@ def test_a_checkpoint_that_does_not_fit(cls):
 
 
 @both
+@pytest.mark.parametrize("moments", [False, True], ids=["without the base's state", "with it"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_a_checkpoint_of_another_sam_is_refused(base, moments, cls):
+    """davda54/sam saves its backups and no moments, pytorch_optimizer both."""
+    params = awkward(torch.float32)[:2]
+    opt = cls(params, base, lr=0.1, rho=0.0)
+    set_grads(params, 0)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"] = {i: {**(saved["state"].get(i, {}) if moments else {}), "old_p": params[i].data} for i in range(2)}
+    before = copy.deepcopy(opt.state_dict()["state"])
+    with pytest.raises(ValueError, match=r"state_dict: .*'old_p'"):
+        opt.load_state_dict(saved)
+    assert opt.state_dict()["state"].keys() == before.keys()
+
+
+@both
 @pytest.mark.parametrize("key", ["exp_avg", "step"])
 def test_loaded_state_of_another_shape(cls, key):
     params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(2))]
