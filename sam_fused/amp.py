@@ -36,7 +36,7 @@ def report_overflow(scaler: GradScaler, opt: Optimizer, overflow: Tensor) -> Non
         flag.add_(overflow.to(flag.device))
 
 
-def ascent_scale(scaler: GradScaler | None, opt: Optimizer, device: torch.device) -> Tensor | None:
+def scale_of_gradients(scaler: GradScaler | None, opt: Optimizer, device: torch.device) -> Tensor | None:
     """What the scaler has multiplied the gradients of the first pass by: float32, one element, on ``device``.
 
     Raises:

@@ -9,8 +9,6 @@ from torch.optim import Optimizer
 
 from .distributed import local
 
-Group = dict[str, Any]
-
 #: Places in what :meth:`Arithmetic.measure` returns.
 GRAD_NORM, SHARPNESS, NORM = range(3)
 
@@ -39,32 +37,29 @@ class Arithmetic:
         """
         raise NotImplementedError
 
-    def measure(
-        self, direction: Any, total: Tensor | None = None, grad_scale: Tensor | None = None
-    ) -> tuple[Tensor, Any]:
-        """The norm of a direction, the sharpness (for gradients), and the norm as it is.
+    def measure(self, direction: Any, total: Tensor | None = None, grad_scale: Tensor | None = None) -> Tensor:
+        """The norm of a direction and, for gradients, the sharpness.
 
         Args:
             direction: what :meth:`gradients` or :meth:`momenta` has just returned.
             total: float64 [2]; a finite sharpness is added to its sum and its count.
-            grad_scale: what a scaler has multiplied the gradients by: float32, one element. Norm and sharpness are
-                divided by it.
+            grad_scale: what a scaler has multiplied the gradients by: float32, one element.
 
         Returns:
-            The three numbers, float64 [3], and what :meth:`perturb` takes.
+            Float64 [3]: norm and sharpness divided by ``grad_scale``, and the undivided norm.
         """
         raise NotImplementedError
 
-    def perturb(self, measured: tuple[Tensor, Any]) -> None:
-        """Move the weights along a direction, with what :meth:`measure` has just returned."""
+    def perturb(self, direction: Any, measured: Tensor) -> None:
+        """Move the weights along a direction, with what :meth:`measure` has just returned for it."""
         raise NotImplementedError
 
     def versions(self) -> list[int]:
         """How often each parameter that is perturbed was changed in place, as autograd counts it."""
-        return [p._version for params in self._perturbed() for p in params]
+        return [p._version for params in self.perturbed() for p in params]
 
-    def _perturbed(self) -> list[list[Tensor]]:
-        """The parameters that are perturbed."""
+    def perturbed(self) -> list[list[Tensor]]:
+        """The parameters that are perturbed, in lists of one device each."""
         raise NotImplementedError
 
     def restore(self) -> None:
@@ -83,7 +78,7 @@ class Arithmetic:
         self.update(grad_scale, found_inf)
         direction = self.momenta()
         if direction:
-            self.perturb(self.measure(direction))
+            self.perturb(direction, self.measure(direction))
 
     def update_composed(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """:meth:`update` by the base's own step. Whether to skip it only the device knows, so this waits for it."""

@@ -55,11 +55,11 @@ class Around(Optimizer):
         self.model = model
         self.base_optimizer = _make_base(base, params, base_kwargs)
         groups, state, defaults = (getattr(self.base_optimizer, name) for name in ("param_groups", "state", "defaults"))
-        check_memory(groups)
         defaults.update(options)
         # Optimizer.__init__ empties the groups and the state, and adds the groups again.
         super().__init__(groups, defaults)
         self.state = state
+        self._check_groups()
         self._set_up()
 
     def _set_up(self) -> None:
@@ -100,11 +100,15 @@ class Around(Optimizer):
         self.base_optimizer.add_param_group(param_group)
         try:
             check_group(self.param_groups, len(self.param_groups) - 1)
-            if "_arithmetic" in self.__dict__:  # __init__ has checked it for all groups together
-                check_memory(self.param_groups)
+            if "_arithmetic" in self.__dict__:  # __init__ adds all groups, and then checks them together
+                self._check_groups()
         except BaseException:
             self.param_groups.pop()
             raise
+
+    def _check_groups(self) -> None:
+        """Raise an error if the groups do not fit together."""
+        check_memory(self.param_groups)
 
     # ---- where the weights are ----
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arithmetic import Group
+from .parameters import Group
 
 #: What a base may call its first moment.
 MOMENTS = ("exp_avg", "momentum_buffer")

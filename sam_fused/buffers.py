@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .batches import Active
+from .buckets import Active
 from .distributed import local, placed_like, placement
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arithmetic import NORM, Arithmetic, Group
+from .arithmetic import NORM, Arithmetic
 from .bases import check_moments, moment_of, native_update
-from .batches import Batch, Plan, batch_for
+from .buckets import Bucket, Plan, bucket_for
 from .buffers import backups_of, capturing, fits, make_state
 from .distributed import is_dtensor, local, sum_over_shards
 from .extension import _C, extension
 from .geometry import radii, signed_radius
-from .parameters import check_memory
+from .parameters import Group, check_memory
 
 
 class Fused(Arithmetic):
@@ -33,7 +33,7 @@ class Fused(Arithmetic):
     # ---- the plan of a step ----
 
     def _gather(self) -> tuple[Plan, _C.Gradients]:
-        """The present gradients, and the batches that fit them."""
+        """The present gradients, and the buckets that fit them."""
         groups = self.base.param_groups
         rhos = radii(groups)
         grads, layout, memory = _C.gather([group["params"] for group in groups])
@@ -63,52 +63,51 @@ class Fused(Arithmetic):
         self._backups = {p: backup for p, backup in self._backups.items() if id(p) in params}
 
     def _make_descent(self, plan: Plan) -> None:
-        """The batches of the update, with the base's state made or moved to the parameters' layout where need be."""
+        """The buckets of the update, with the base's state made or moved to the parameters' layout where need be."""
         make_state(self.base, plan.active)
         state = self.base.state
-        batches: dict[Hashable, Batch] = {}
+        buckets: dict[Hashable, Bucket] = {}
         plan.held = []
         for position, (p, group, update, _) in enumerate(plan.active):
-            to = batch_for(batches, p, update, group["rho"] > 0)
+            to = bucket_for(buckets, p, update, group["rho"] > 0)
             to.append(position, p, p, group)  # a gradient of another dtype is left to the base
             assert update is not None  # or the plan is composed
             if update.counts_steps:
                 to.steps.append(state[p]["step"])
             if update.state:
                 plan.held.append(list(state[p].values()))
-        for to in batches.values():
+        for to in buckets.values():
             assert to.update is not None
             to.state = [local(state[p][key]) for key in to.update.state for p in to.params]
         plan.matched = None
-        plan.descent = list(batches.values())
+        plan.descent = list(buckets.values())
         plan.contents = _C.contents(state)
 
     def _match(self, plan: Plan) -> None:
         """Give each parameter of the update its backup, and find the perturbed ones that have no gradient now."""
         plan.matched = None  # until all of it is done
-        perturbed = [pair for batch in self.record or [] for pair in zip(batch.params, batch.backups, strict=True)]
+        perturbed = [pair for bucket in self.record or [] for pair in zip(bucket.params, bucket.backups, strict=True)]
         backup_of = {id(p): backup for p, backup in perturbed}
-        for batch in plan.descent or []:
-            batch.forget_rows()
-            batch.backups = [backup_of.pop(id(p), None) for p in batch.params]
+        for bucket in plan.descent:
+            bucket.forget_rows()
+            bucket.backups = [backup_of.pop(id(p), None) for p in bucket.params]
         plan.leftover = [(p, backup) for p, backup in perturbed if id(p) in backup_of]
         plan.advances = self._can_advance(plan)
         plan.matched = list(self.record or [])
 
     def _can_advance(self, plan: Plan) -> bool:
         """Whether all that the update perturbs next, and nothing else, is perturbed now."""
-        descent = plan.descent or []
-        moving = [batch for batch in descent if batch.perturbed]
-        places = {(batch.device, batch.placement) for batch in moving}
+        moving = [bucket for bucket in plan.descent if bucket.perturbed]
+        places = {(bucket.device, bucket.placement) for bucket in moving}
         return (
             bool(moving)
             and not plan.leftover
             and len(places) == len(moving)  # or the norm would be summed in another order than in `measure`
-            and all(batch.update is not None and batch.update.moment is not None for batch in moving)
+            and all(bucket.update is not None and bucket.update.moment is not None for bucket in moving)
             and all(
-                fits(backup, local(p)) if batch.perturbed else backup is None
-                for batch in descent
-                for p, backup in zip(batch.params, batch.backups, strict=True)
+                fits(backup, local(p)) if bucket.perturbed else backup is None
+                for bucket in plan.descent
+                for p, backup in zip(bucket.params, bucket.backups, strict=True)
             )
         )
 
@@ -116,54 +115,51 @@ class Fused(Arithmetic):
 
     def gradients(self) -> Any:
         plan, grads = self._gather()
-        return [(batch, batch.pick(grads), batch.pack(_gradient_row)) for batch in plan.ascent]
+        return [(bucket, bucket.pick(grads), bucket.pack(_gradient_row)) for bucket in plan.ascent]
 
     def momenta(self) -> Any:
         check_moments(self.base)
         groups = self.base.param_groups
-        batches: dict[Hashable, Batch] = {}
+        buckets: dict[Hashable, Bucket] = {}
         moments: list[Tensor] = []
         for group, rho in zip(groups, radii(groups), strict=True):
             for p in group["params"] if rho > 0 else ():
                 moment = moment_of(self.base.state.get(p, {}))
                 if moment is not None:
-                    batch_for(batches, p).append(len(moments), p, moment, group)
+                    bucket_for(buckets, p).append(len(moments), p, moment, group)
                     moments.append(moment)
         return [
-            (batch, batch.fitted([moments[i] for i in batch.positions]), batch.pack(_moment_row))
-            for batch in batches.values()
+            (bucket, bucket.fitted([moments[i] for i in bucket.positions]), bucket.pack(_moment_row))
+            for bucket in buckets.values()
         ]
 
-    def measure(
-        self, direction: Any, total: Tensor | None = None, grad_scale: Tensor | None = None
-    ) -> tuple[Tensor, Any]:
+    def measure(self, direction: Any, total: Tensor | None = None, grad_scale: Tensor | None = None) -> Tensor:
         squares = [
-            sum_over_shards(_C.grad_sq_norm(batch.rows_to_perturb(), tensors, ascent), batch.placement)
-            for batch, tensors, ascent in direction
+            sum_over_shards(_C.grad_sq_norm(bucket.rows_for_perturb(), tensors, ascent), bucket.placement)
+            for bucket, tensors, ascent in direction
         ]
-        return _norm(squares, [ascent for *_, ascent in direction], total, grad_scale), direction
+        return _norm(squares, [ascent for *_, ascent in direction], total, grad_scale)
 
-    def perturb(self, measured: tuple[Tensor, Any]) -> None:
-        values, direction = measured
+    def perturb(self, direction: Any, measured: Tensor) -> None:
         record = self.record = []
-        for batch, tensors, ascent in direction:
-            if not batch.backups:
-                batch.forget_rows()
-                batch.backups = backups_of(batch.params, self._backups)
-            norm = values[NORM].to(batch.device)
-            on_record = partial(record.append, batch)
-            _C.perturb_(batch.rows_to_perturb(), tensors, norm, ascent, hook=on_record)
-            batch.mark_changed()
+        for bucket, tensors, ascent in direction:
+            if not bucket.backups:
+                bucket.forget_rows()
+                bucket.backups = backups_of(bucket.params, self._backups)
+            norm = measured[NORM].to(bucket.device)
+            on_record = partial(record.append, bucket)
+            _C.perturb_(bucket.rows_for_perturb(), tensors, norm, ascent, hook=on_record)
+            bucket.mark_changed()
 
-    def _perturbed(self) -> list[list[Tensor]]:
-        return [batch.params for batch in self.record or []]
+    def perturbed(self) -> list[list[Tensor]]:
+        return [bucket.params for bucket in self.record or []]
 
     def versions(self) -> list[int]:
-        return _C.versions(self._perturbed())
+        return _C.versions(self.perturbed())
 
     def restore(self) -> None:
-        for batch in self.record or []:
-            _restore(list(zip(batch.params, batch.backups, strict=True)))
+        for bucket in self.record or []:
+            _restore(list(zip(bucket.params, bucket.backups, strict=True)))
         self.record = None
 
     def _descent(self) -> tuple[Plan, _C.Gradients]:
@@ -178,9 +174,9 @@ class Fused(Arithmetic):
                         f"param_groups[{i}]: a CUDA graph is capturing this step, for which the optimizer must be "
                         "constructed with capturable=True"
                     )
-        if plan.descent is None or plan.contents != _C.contents(self.base.state):
+        if plan.contents != _C.contents(self.base.state):
             self._make_descent(plan)
-        if plan.matched is None or plan.matched != (self.record or []):
+        if plan.matched != (self.record or []):
             self._match(plan)
         return plan, grads
 
@@ -191,17 +187,16 @@ class Fused(Arithmetic):
             return
         _restore(plan.leftover)
         off_record = None if self.record is None else self.record.clear
-        descent = plan.descent or []
-        for batch in descent:
-            assert batch.update is not None
+        for bucket in plan.descent:
+            assert bucket.update is not None
             _C.restore_step_(
-                batch.rows_to_update(),
-                batch.pick(grads),
-                batch.pack(batch.update.row),
-                *batch.scalars(grad_scale, found_inf),
-                hook=off_record if batch is descent[-1] else None,
+                bucket.rows_for_restore_step(),
+                bucket.pick(grads),
+                bucket.pack(bucket.update.row),
+                *bucket.scalars(grad_scale, found_inf),
+                hook=off_record if bucket is plan.descent[-1] else None,
             )
-            batch.mark_changed()
+            bucket.mark_changed()
         self.record = None
 
     def advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -214,27 +209,27 @@ class Fused(Arithmetic):
             super().advance(grad_scale, found_inf)
             return
         squares, ascents, moves = [], [], []
-        for batch in plan.descent or []:
-            assert batch.update is not None
-            row = batch.pack(batch.update.row)
-            scalars = batch.scalars(grad_scale, found_inf)
-            mine = batch.pick(grads)
-            if not batch.perturbed:
-                _C.restore_step_(batch.rows_to_update(), mine, row, *scalars)
-                batch.mark_changed()
+        for bucket in plan.descent:
+            assert bucket.update is not None
+            row = bucket.pack(bucket.update.row)
+            scalars = bucket.scalars(grad_scale, found_inf)
+            mine = bucket.pick(grads)
+            if not bucket.perturbed:
+                _C.restore_step_(bucket.rows_for_restore_step(), mine, row, *scalars)
+                bucket.mark_changed()
                 continue
-            k = batch.update.moment
+            k = bucket.update.moment
             assert k is not None  # or the plan does not advance
-            ascent = batch.pack(_moment_row)
-            n = len(batch.params)
-            sq_norms = _C.step_along_(batch.rows_to_advance(), mine, row, ascent, k, *scalars)
-            squares.append(sum_over_shards(sq_norms, batch.placement))
+            ascent = bucket.pack(_moment_row)
+            n = len(bucket.params)
+            sq_norms = _C.step_along_(bucket.rows_for_step_along(), mine, row, ascent, k, *scalars)
+            squares.append(sum_over_shards(sq_norms, bucket.placement))
             ascents.append(ascent)
-            moves.append((batch, batch.state[k * n : (k + 1) * n]))
+            moves.append((bucket, bucket.state[k * n : (k + 1) * n]))
         norm = _norm(squares, ascents)[NORM]
-        for (batch, moments), ascent in zip(moves, ascents, strict=True):
-            _C.perturb_from_(batch.rows_to_follow(), moments, norm.to(batch.device), ascent)
-            batch.mark_changed()
+        for (bucket, moments), ascent in zip(moves, ascents, strict=True):
+            _C.perturb_from_(bucket.rows_for_perturb_from(), moments, norm.to(bucket.device), ascent)
+            bucket.mark_changed()
 
 
 def _norm(

@@ -38,7 +38,6 @@ class MSAM(Around):
     ) -> None:
         self._training = True
         super().__init__(params, base, {"rho": rho, "adaptive": adaptive, "eta": eta}, model, base_kwargs)
-        check_moments(self.base_optimizer)
 
     def _set_up(self) -> None:
         super()._set_up()
@@ -53,15 +52,9 @@ class MSAM(Around):
                 module.register_state_dict_pre_hook(hooks.before_state_dict)
                 module.register_load_state_dict_pre_hook(hooks.before_loading)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As :meth:`torch.optim.Optimizer.add_param_group`; the group may have its own rho, adaptive and eta."""
-        super().add_param_group(param_group)
-        if "_arithmetic" in self.__dict__:  # __init__ checks all groups together
-            try:
-                check_moments(self.base_optimizer)
-            except BaseException:
-                self.param_groups.pop()
-                raise
+    def _check_groups(self) -> None:
+        super()._check_groups()
+        check_moments(self.base_optimizer)
 
     # ---- steps ----
 
@@ -145,7 +138,7 @@ class MSAM(Around):
         if direction:
             self._gather_again()
             self._versions = None
-            self._arithmetic.perturb(self._arithmetic.measure(direction))
+            self._arithmetic.perturb(direction, self._arithmetic.measure(direction))
             self._moved()
             self._versions = self._arithmetic.versions()
 
@@ -162,9 +155,10 @@ class MSAM(Around):
         if versions == self._versions:
             return
         at = next(i for i, (a, b) in enumerate(zip(versions, self._versions, strict=True)) if a != b)
-        changed = [p for params in self._arithmetic._perturbed() for p in params][at]
+        changed = [p for params in self._arithmetic.perturbed() for p in params][at]
         groups = self.param_groups
-        names = (name_of(groups, g, i) for g, group in enumerate(groups) for i in _places(changed, group["params"]))
+        places = ((g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"]))
+        names = (name_of(groups, g, i) for g, i, p in places if p is changed)
         raise RuntimeError(
             f"{what}: {next(names, 'a parameter')} was changed in place while it was perturbed; change or load weights "
             "between eval() and train(). restore() drops the change and gives the clean weights back"
@@ -185,10 +179,6 @@ class MSAM(Around):
         self._clean("load_state_dict()")
         super().load_state_dict(state_dict)
         self._loaded = True
-
-
-def _places(p: torch.Tensor, params: list[torch.Tensor]) -> list[int]:
-    return [i for i, q in enumerate(params) if q is p]
 
 
 class _Hooks:

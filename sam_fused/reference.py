@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arithmetic import NORM, Arithmetic, Group
+from .arithmetic import NORM, Arithmetic
 from .bases import check_moments, moment_of, native_update
 from .distributed import is_dtensor
 from .geometry import ascent_scale, radii, signed_radius, wide
-from .parameters import check_memory, name_of
+from .parameters import Group, check_memory, name_of
 
 
 def _hashed(x: Tensor) -> Tensor:
@@ -149,9 +149,7 @@ class Reference(Arithmetic):
         moments = [(group, p, moment_of(self.base.state.get(p, {}))) for group, p in ascent]
         return [(-float(group["rho"]), group, p, m) for group, p, m in moments if m is not None]
 
-    def measure(
-        self, direction: Any, total: Tensor | None = None, grad_scale: Tensor | None = None
-    ) -> tuple[Tensor, Any]:
+    def measure(self, direction: Any, total: Tensor | None = None, grad_scale: Tensor | None = None) -> Tensor:
         device = direction[0][2].device if direction else torch.device("cpu")
         device = device if total is None else total.device
         squares = [
@@ -167,11 +165,10 @@ class Reference(Arithmetic):
             values[:NORM] /= grad_scale
         if total is not None and sharpness.isfinite():
             total += torch.stack([values[1], torch.ones_like(sharpness)])
-        return values, direction
+        return values
 
-    def perturb(self, measured: tuple[Tensor, Any]) -> None:
-        values, direction = measured
-        norm = values[NORM].item()
+    def perturb(self, direction: Any, measured: Tensor) -> None:
+        norm = measured[NORM].item()
         self.record = [(p, p.clone()) for _, _, p, _ in direction]
         if not math.isfinite(norm):
             return
@@ -181,7 +178,7 @@ class Reference(Arithmetic):
             perturbed = w + radius / (norm + 1e-12) * t * (t * d)
             p.copy_(_round_randomly(perturbed, p, norm) if p.element_size() == 2 else perturbed)
 
-    def _perturbed(self) -> list[list[Tensor]]:
+    def perturbed(self) -> list[list[Tensor]]:
         return [[p for p, _ in self.record or []]]
 
     def restore(self) -> None:

@@ -14,13 +14,14 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import amp
-from .arithmetic import GRAD_NORM, NORM, SHARPNESS, Group
+from .arithmetic import GRAD_NORM, NORM, SHARPNESS
 from .around import Around
 from .batchnorm import FrozenStatistics
 from .distributed import any_replica, unsynchronized
 from .fused import Fused
 from .geometry import radii
 from .groups import only_ascending
+from .parameters import Group
 from .reference import Reference
 
 
@@ -28,7 +29,7 @@ class SAM(Around):
     """What :class:`FusedSAM` and :class:`ReferenceSAM` share; see :class:`FusedSAM` for the arguments."""
 
     way_back = "call second_step() to finish the step or restore() to drop it"
-    kept = (*Around.kept, "scaler", "sync_perturbation", "lean_ascent", "_measured", "_total", "_without_sam_is_meant")
+    kept = (*Around.kept, "scaler", "sync_perturbation", "lean_ascent", "_measured", "_total", "_warned_or_ascended")
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class SAM(Around):
         # Both are written in place: a CUDA graph may hold them.
         self._measured = torch.full((3,), math.nan, dtype=torch.float64, device=self._device())
         self._total = torch.zeros(2, dtype=torch.float64, device=self._device())
-        self._without_sam_is_meant = False  # an ascent or a measurement was made, or the warning was given
+        self._warned_or_ascended = False  # or has measured, which shows too that a step without SAM is meant
 
     def _set_up(self) -> None:
         super()._set_up()
@@ -82,14 +83,14 @@ class SAM(Around):
         does so itself after the second call of the closure, which scales its loss. ``scaler.update()`` is yours.
         """
         if closure is None:
-            if not self._without_sam_is_meant and any(g["rho"] > 0 and _trains(g) for g in self.param_groups):
+            if not self._warned_or_ascended and any(g["rho"] > 0 and _trains(g) for g in self.param_groups):
                 warnings.warn(
                     "step() was called without a closure and without first_step() before it: this is the step of "
                     f"{type(self.base_optimizer).__name__}, without SAM. If it is meant, set rho=0 or call "
                     "measure_sharpness() before it",
                     stacklevel=4,  # above the two wrappers that torch puts around step
                 )
-                self._without_sam_is_meant = True
+                self._warned_or_ascended = True
             self._descend()
             return None
         if amp.through_scaler(self):
@@ -127,12 +128,13 @@ class SAM(Around):
             moved = not self._total.is_meta
             self._total = self._total.to(device) if moved else torch.zeros_like(self._total, device=device)
             self._measured = torch.empty_like(self._measured, device=device)
-        scale = amp.ascent_scale(self.scaler, self, device)
-        measured = self._arithmetic.measure(self._arithmetic.gradients(), self._total, scale)
-        self._measured.copy_(measured[0])
-        self._without_sam_is_meant = True
+        direction = self._arithmetic.gradients()
+        scale = amp.scale_of_gradients(self.scaler, self, device)
+        measured = self._arithmetic.measure(direction, self._total, scale)
+        self._measured.copy_(measured)
+        self._warned_or_ascended = True
         if perturb:
-            self._arithmetic.perturb(measured)
+            self._arithmetic.perturb(direction, measured)
             self._moved()
             if self.model is not None:
                 self._statistics.freeze(self.model)

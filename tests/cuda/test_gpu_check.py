@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import sam_fused.batches
+import sam_fused.buckets
 import sam_fused.fused
 from sam_fused import _C
 from tests.helpers.paths import ROOT
@@ -78,7 +78,7 @@ class Drifting:
 @pytest.mark.parametrize(("check", "message"), [("same_bits", "differs from run to run"), ("graph", "replays differ")])
 def test_a_wrong_perturbation_is_noticed(check, message, modules, monkeypatch):
     drifting = Drifting()
-    for module in (sam_fused.batches, sam_fused.fused):
+    for module in (sam_fused.buckets, sam_fused.fused):
         monkeypatch.setattr(module, "_C", drifting)
     with pytest.raises(AssertionError, match=message):
         getattr(modules.checks, check)(CPU, quick=True)

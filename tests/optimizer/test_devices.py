@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import sam_fused.batches
+import sam_fused.buckets
 import sam_fused.fused
 from sam_fused import _C, FusedSAM
 from tests.helpers.cases import awkward, set_grads
@@ -25,7 +25,7 @@ def alternate_places(monkeypatch):
     def place(p):
         return places.setdefault(id(p), (respelled(p.device) if len(places) % 2 else p.device, None))
 
-    monkeypatch.setattr(sam_fused.batches, "place_of", place)
+    monkeypatch.setattr(sam_fused.buckets, "place_of", place)
     return places
 
 
@@ -35,7 +35,7 @@ def test_alternate_places_are_where_the_tensors_are(device, monkeypatch):
     places = alternate_places(monkeypatch)
     with FakeTensorMode():
         params = [torch.empty(2, device=device) for _ in range(2)]
-        here, there = (sam_fused.batches.place_of(p) for p in params)
+        here, there = (sam_fused.buckets.place_of(p) for p in params)
         assert here != there
         assert there[0].type == here[0].type == params[1].device.type
     assert len(places) == 2

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .arithmetic import Group
 from .bases import Update
 from .distributed import local, local_like, placement
 from .extension import _C
-from .parameters import name_of
+from .parameters import Group, name_of
 
 if TYPE_CHECKING:
     from .distributed import Place
@@ -23,7 +22,7 @@ def place_of(p: Tensor) -> tuple[torch.device, Place | None]:
     return p.device, placement(p)
 
 
-class Batch:
+class Bucket:
     """Parameters that go into one operator call, in runs of one group each, and what goes with them.
 
     All have one ``place``. Backups and state are held as this process's parts.
@@ -55,12 +54,12 @@ class Batch:
         self.sizes[-1] += 1
 
     def pick(self, grads: _C.Gradients) -> _C.Gradients | list[Tensor]:
-        """Those of this batch's parameters, as the operators want them."""
+        """Those of this bucket's parameters, as the operators want them."""
         mine = grads if len(grads) == len(self.positions) else grads.pick(self.positions)
         return self.fitted(mine.tensors()) if self.casts or self.placement is not None else mine
 
     def fitted(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Gradients or moments of this batch's parameters, in their dtype, and of DTensors this process's parts."""
+        """Gradients or moments of this bucket's parameters, in their dtype, and of DTensors this process's parts."""
         if self.casts:
             tensors = [t.to(p.dtype) for t, p in zip(tensors, self.params, strict=True)]
         if self.placement is None:
@@ -71,24 +70,24 @@ class Batch:
         """What this process holds of the parameters."""
         return self.params if self.placement is None else [local(p) for p in self.params]
 
-    def rows_to_perturb(self) -> _C.Rows:
-        """To save and to move, or with no backups yet to measure."""
+    def rows_for_perturb(self) -> _C.Rows:
+        """For perturb_, which saves the parameters in the backups; for grad_sq_norm they may still be missing."""
         backups = cast("list[Tensor]", self.backups) or None
         return self._kept("perturb", lambda: _C.Rows(self._local_params(), self.sizes, backups=backups))
 
-    def rows_to_update(self) -> _C.Rows:
-        """From the backup where there is one."""
+    def rows_for_restore_step(self) -> _C.Rows:
+        """For restore_step_, which starts from the backup where there is one, and from the parameter elsewhere."""
         return self._kept(
             "update", lambda: _C.Rows(self._local_params(), self.sizes, saved=self.backups, **self._state())
         )
 
-    def rows_to_advance(self) -> _C.Rows:
-        """The backups themselves, of which there is one for each parameter."""
+    def rows_for_step_along(self) -> _C.Rows:
+        """For step_along_, which updates the backups themselves; there is one for each parameter."""
         backups = cast("list[Tensor]", self.backups)
         return self._kept("advance", lambda: _C.Rows(backups, self.sizes, **self._state()))
 
-    def rows_to_follow(self) -> _C.Rows:
-        """From the backups."""
+    def rows_for_perturb_from(self) -> _C.Rows:
+        """For perturb_from_, which moves the parameters to where the backups are, and on by the perturbation."""
         return self._kept("follow", lambda: _C.Rows(self._local_params(), self.sizes, saved=self.backups))
 
     def _state(self) -> dict[str, Any]:
@@ -152,16 +151,18 @@ class Active(NamedTuple):
     name: str
 
 
-def batch_for(batches: dict[Hashable, Batch], p: Tensor, update: Update | None = None, perturbed: bool = True) -> Batch:
+def bucket_for(
+    buckets: dict[Hashable, Bucket], p: Tensor, update: Update | None = None, perturbed: bool = True
+) -> Bucket:
     place = place_of(p)
     key = place, update, perturbed
-    if key not in batches:
-        batches[key] = Batch(place, update, perturbed)
-    return batches[key]
+    if key not in buckets:
+        buckets[key] = Bucket(place, update, perturbed)
+    return buckets[key]
 
 
 class Plan:
-    """The batches of a step, for one choice of parameters that have a gradient.
+    """The buckets of a step, for one choice of parameters that have a gradient.
 
     It holds what its key names by address, so that no address is used again while the plan is kept.
     """
@@ -169,25 +170,25 @@ class Plan:
     def __init__(self, groups: list[Group], updates: list[Update | None]) -> None:
         self.groups = list(groups)
         self.active: list[Active] = []  # the parameters that have a gradient
-        self.ascent: list[Batch] = []
-        self.descent: list[Batch] | None = None
-        self.contents = 0  # of the base's state that `descent` was made from
+        self.ascent: list[Bucket] = []
+        self.descent: list[Bucket] = []
+        self.contents: int | None = None  # of the base's state that `descent` was made from; None: not made yet
         self.held: list[Any] = []  # that state
         self.leftover: list[tuple[Tensor, Tensor]] = []  # parameters that are perturbed and have no gradient now
-        self.matched: list[Batch] | None = None  # the perturbed batches that `descent` and `leftover` know of
+        self.matched: list[Bucket] | None = None  # the perturbed buckets that `descent` and `leftover` know of
         self.advances = False  # whether `descent` can go from the backups of one perturbation to the next
-        ascent: dict[Hashable, Batch] = {}
+        ascent: dict[Hashable, Bucket] = {}
         for g, (group, update) in enumerate(zip(groups, updates, strict=True)):
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
                 if group["rho"] > 0:
-                    batch_for(ascent, p).append(len(self.active), p, p.grad, group)
+                    bucket_for(ascent, p).append(len(self.active), p, p.grad, group)
                 native = update if p.grad.dtype == p.dtype else None
                 self.active.append(Active(p, group, native, name_of(groups, g, i)))
         self.ascent = list(ascent.values())
         self.composed = any(a.update is None for a in self.active)
 
     def forget_rows(self) -> None:
-        for batch in [*self.ascent, *(self.descent or [])]:
-            batch.forget_rows()
+        for bucket in [*self.ascent, *self.descent]:
+            bucket.forget_rows()
