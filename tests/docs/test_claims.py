@@ -210,7 +210,7 @@ LATE_TIME = noise.time_ratio(*(NOISE["cifar10"]["sgd", 40, method].seconds() for
 EQUAL = at_equal_loss(("sgd", "sgd+sam"), ("adam", "adam+sam"))
 CLAIMS = {
     "docs/reproduction.md": [
-        f"SAM's sharpness in the last epoch is lower in all {lower(recorded)} comparisons",
+        f"training records in the last epoch is lower with SAM in all {lower(recorded)} comparisons",
         f"Adam + SAM is more accurate than SGD + SAM in all {adam_beats_sgd()}",
         f"{lower(last('test_acc')).capitalize()} of the twelve differences are negative",
         f"and {intervals_without_0()[0]} of their intervals exclude 0, all of SGD",
@@ -223,7 +223,7 @@ CLAIMS = {
     ],
     "README.md": [
         f"gains {VGG16.gain('sgd+msam'):.1f} points around SGD and {VGG16.gain('adam+msam'):.1f} around Adam",
-        f"flatter in all {lower(recorded)} comparisons",
+        f"the sharpness that training records is lower with SAM in all {lower(recorded)} comparisons",
         f"SGD + SAM in all {adam_beats_sgd()}",
         f"SGD ends at {of_sgd('base', 'test_acc'):.1f} % accuracy on the clean test images, with",
         f"{of_sgd('base', 'memorised'):.0f} % of the wrong labels memorised. With SAM in the second half",
@@ -250,7 +250,7 @@ CLAIMS = {
     ],
     "docs/sharpness.md": [
         f"the realised and the average sharpness in all {lower(measured('realised'))} comparisons",
-        f"the first-order one in {lower(measured('first_order'))}",
+        f"and the first-order sharpness over the 512 images in {lower(measured('first_order'))}",
         f"is {span(over(recorded, measured('first_order')), 1)} times the first-order sharpness",
         f"realised rise is {span(realised(0.05, SAM_GEOMETRY))} times the first-order value",
         f"below 1 in {sum(x < 1 for x in EQUAL)} of {len(EQUAL)} pairs of runs ({span(x for x in EQUAL if x < 1)})",

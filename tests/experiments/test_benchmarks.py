@@ -248,7 +248,7 @@ def test_features():
     assert header[0] == "FusedSAM"
     assert header[1].startswith("pytorch_optimizer")
     answers = {row[0]: row[1] for row in rows}
-    assert int(answers.pop("operator calls a step, ResNet-18 + Adam").split()[0]) < 20
+    assert int(answers.pop("operator calls per step, ResNet-18 + Adam").split()[0]) < 20
     assert len(answers) == 20
     assert not {name: words for name, words in answers.items() if not words.startswith("yes")}
     assert any(row[2].startswith("no") for row in rows)
