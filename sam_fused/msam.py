@@ -46,6 +46,8 @@ class MSAM(Around):
         if self.model is not None:
             hooks = _Hooks(self)
             for module in inner_modules(self.model):
+                for earlier in _Hooks.of(module):
+                    earlier.give_way(self)
                 # before FSDP2's, which gathers the weights
                 module.register_forward_pre_hook(hooks.before_forward, prepend=True)
             for module in self.model.modules():  # a part may be saved alone
@@ -109,7 +111,10 @@ class MSAM(Around):
     # ---- the clean weights and the perturbed ones ----
 
     def eval(self) -> None:
-        """Give the clean weights back, bit for bit: to evaluate, to save or to change them."""
+        """Give the clean weights back, bit for bit: to evaluate, to save or to change them.
+
+        They stay clean until :meth:`train`, also with ``model=``: so another optimizer may go on with them.
+        """
         self._check_not_borrowed("eval()")
         self._clean("eval()")
         self._training = False
@@ -149,20 +154,28 @@ class MSAM(Around):
 
     def _check_unchanged(self, what: str) -> None:
         """Changes of the perturbed weights would be lost with the next step."""
+        changed = self._changed()
+        if changed is not None:
+            raise RuntimeError(
+                f"{what}: {changed} was changed in place while it was perturbed; change or load weights between "
+                "eval() and train(). restore() drops the change and gives the clean weights back"
+            )
+
+    def _changed(self) -> str | None:
+        """The name of a parameter that was changed in place while it was perturbed."""
         if not self.perturbed or self._versions is None:
-            return
+            return None
         versions = self._arithmetic.versions()
         if versions == self._versions:
-            return
+            return None
         at = next(i for i, (a, b) in enumerate(zip(versions, self._versions, strict=True)) if a != b)
         changed = [p for params in self._arithmetic.perturbed() for p in params][at]
         groups = self.param_groups
         places = ((g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"]))
-        names = (name_of(groups, g, i) for g, i, p in places if p is changed)
-        raise RuntimeError(
-            f"{what}: {next(names, 'a parameter')} was changed in place while it was perturbed; change or load weights "
-            "between eval() and train(). restore() drops the change and gives the clean weights back"
-        )
+        return next((name_of(groups, g, i) for g, i, p in places if p is changed), "a parameter")
+
+    def _params(self) -> set[torch.Tensor]:
+        return {p for group in self.param_groups for p in group["params"]}
 
     # ---- saving and copying ----
 
@@ -190,13 +203,28 @@ class _Hooks:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hooks, ()
 
+    @staticmethod
+    def of(module: nn.Module) -> list[_Hooks]:
+        """Those that earlier optimizers have put on ``module``."""
+        owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+        return [owner for owner in owners if isinstance(owner, _Hooks)]
+
+    def give_way(self, to: MSAM) -> None:
+        """To a new optimizer of the same parameters, as where a notebook's cell runs again."""
+        opt = self.opt
+        if opt is None or opt._params().isdisjoint(to._params()):
+            return
+        if opt._changed() is None:  # or what they were changed to is what is wanted
+            opt.eval()
+        self.opt = None
+
     @_disable_dynamo
     def before_forward(self, module: nn.Module, args: Any) -> None:
         """Clean also in training mode where no gradients are wanted, as in torch.optim.swa_utils.update_bn."""
         if self.opt is None:
             return
-        if module.training and torch.is_grad_enabled():
-            self.opt.train()
+        if module.training and torch.is_grad_enabled() and self.opt._training:
+            self.opt._perturb()
         else:
             self.opt._clean("a forward pass")
 

@@ -269,6 +269,17 @@ def test_a_native_base_without_a_moment_is_refused(cls, base, options):
 
 
 @both
+def test_a_refused_optimizer_leaves_nothing_in_the_model(cls):
+    model = network()
+    with pytest.raises(ValueError, match="momentum"):
+        cls(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3, model=model)
+    backward(model, 0)
+    model.eval()
+    model(batch(0)[0])
+    model.state_dict()
+
+
+@both
 def test_another_base_without_a_moment_is_refused_at_the_first_step(cls):
     model, twin = network(), network()
     opt = cls(model.parameters(), torch.optim.Rprop, lr=0.1, rho=0.3)
@@ -362,6 +373,86 @@ def test_a_part_of_the_model_is_saved_and_loaded_at_the_clean_weights(cls):
     backward(model, 2)
     opt.step()
     assert torch.equal(model[3].state_dict()["weight"], values(model)[4])
+
+
+@both
+def test_after_eval_the_weights_stay_clean_until_train(cls):
+    """So another optimizer may go on with the model."""
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
+    train(model, opt, range(2))
+    moved = values(model)
+    opt.eval()
+    clean = values(model)
+    backward(model, 2)
+    assert same(model, clean)
+    with pytest.raises(RuntimeError, match=r"step\(\) was called after eval\(\); call train\(\)"):
+        opt.step()
+    opt.train()
+    assert same(model, moved)
+    opt.eval()
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(2))
+    changed = values(model)
+    model.eval()
+    model(batch(0)[0])
+    model.state_dict()
+    assert same(model, changed)
+
+
+@both
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_second_optimizer_of_the_same_parameters_takes_over(cls, evaluated):
+    """As when a cell of a notebook runs again."""
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
+    train(model, opt, range(2))
+    if evaluated:
+        model.eval()
+        model(batch(0)[0])
+        model.train()
+    twin = copy.deepcopy(model)
+    opt.restore()
+    twin.load_state_dict(model.state_dict())
+    if not evaluated:
+        backward(model, 0)
+        assert opt.perturbed
+    for net in (model, twin):
+        opt = cls(net.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=net)
+        train(net, opt, range(3))
+        net.eval()
+        net(batch(0)[0])
+    assert same(model, values(twin))
+
+
+@both
+def test_what_was_changed_since_is_not_taken_back_by_a_second_optimizer(cls):
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
+    train(model, opt, range(2))
+    assert opt.perturbed
+    for layer in (model[0], model[1], model[3]):
+        layer.reset_parameters()
+    fresh = values(model)
+    cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
+    assert same(model, fresh)
+    model.eval()
+    model(batch(0)[0])
+    assert same(model, fresh)
+
+
+@both
+def test_two_optimizers_of_two_parts_of_a_model(cls):
+    model = network()
+    parts = [model[0].parameters(), [*model[1].parameters(), *model[3].parameters()]]
+    opts = [cls(part, torch.optim.Adam, lr=0.01, rho=0.3, model=model) for part in parts]
+    for step in range(3):
+        model.zero_grad()
+        backward(model, step)
+        for opt in opts:
+            opt.step()
+    assert all(opt.perturbed for opt in opts)
+    model.state_dict()
+    assert not any(opt.perturbed for opt in opts)
 
 
 @both
