@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -235,6 +236,22 @@ class _Hooks:
     def before_loading(self, module: nn.Module, *args: Any) -> None:
         if self.opt is not None:
             self.opt._clean("load_state_dict()")
+
+
+@contextmanager
+def clean_weights(model: nn.Module) -> Iterator[None]:
+    """Within it ``model`` has its clean weights, whatever passes are made; afterwards those that it had before."""
+    opts = [hooks.opt for module in model.modules() for hooks in _Hooks.of(module) if hooks.opt is not None]
+    before = [(opt, opt._training, opt.perturbed) for opt in dict.fromkeys(opts)]
+    try:
+        for opt, *_ in before:
+            opt.eval()
+        yield
+    finally:
+        for opt, training, perturbed in before:
+            opt._training = training
+            if perturbed:
+                opt.train()
 
 
 class FusedMSAM(MSAM):

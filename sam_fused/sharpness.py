@@ -26,6 +26,7 @@ from .distributed import (
     without_ddp,
 )
 from .geometry import ascent_scale, check_options
+from .msam import clean_weights
 from .parameters import check_group, check_memory
 
 T = TypeVar("T")
@@ -208,7 +209,7 @@ class _Landscape:
 
     def explore(self, measure: Callable[[], T]) -> T:
         """``measure()``; afterwards the model is as it was, also where an exception or an interrupt ends it."""
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), clean_weights(self.model):
             try:
                 try:
                     self._enter()

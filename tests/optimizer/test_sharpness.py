@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sam_fused.sharpness
-from sam_fused import FusedSAM, loss_slice, measure_sharpness
+from sam_fused import FusedMSAM, FusedSAM, loss_slice, measure_sharpness
 from tests.helpers.dtypes import HALF
 from tests.helpers.sam import assert_untouched, snapshot
 
@@ -173,6 +173,53 @@ def test_nothing_is_left_behind(kind, fails_at, training, dtype):
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     assert model.training is training
+
+
+@pytest.mark.parametrize("state", ["perturbed", "clean", "after eval()"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [*KINDS, "slice"])
+def test_a_model_in_momentum_sam_s_hands(kind, training, state):
+    """Its clean weights are measured; training goes on as if nothing had been."""
+
+    def trained(measured: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+        opt = FusedMSAM(net.parameters(), torch.optim.Adam, lr=0.01, rho=0.5, model=net)
+        batch = torch.randn(16, 5), torch.arange(16) % 3
+
+        def train() -> None:
+            opt.zero_grad()
+            nn.functional.cross_entropy(net(batch[0]), batch[1]).backward()
+            opt.step()
+
+        def sharpness(of: nn.Module) -> object:
+            common = of.train(training), nn.functional.cross_entropy, [batch]
+            if kind == "slice":
+                return loss_slice(*common, radii=[-0.1, 0.1])
+            return measure_sharpness(*common, rho=0.05, kind=kind, generator=torch.Generator().manual_seed(0))
+
+        for _ in range(3):
+            train()
+        if measured:
+            opt.restore()
+            plain = copy.deepcopy(net)
+            opt.eval() if state == "after eval()" else opt.train()
+            if state == "clean":
+                opt.restore()
+            before = [p.detach().clone() for p in net.parameters()]
+            assert sharpness(net) == sharpness(plain)
+            assert all(torch.equal(p, w) for p, w in zip(net.parameters(), before, strict=True))
+            assert opt.perturbed == (state == "perturbed")
+            if state == "after eval()":
+                with pytest.raises(RuntimeError, match="after eval"):
+                    opt.step()
+                opt.train()
+            net.train()
+        train()
+        opt.eval()
+        return [p.detach().clone() for p in net.parameters()]
+
+    assert all(torch.equal(p, q) for p, q in zip(trained(True), trained(False), strict=True))
 
 
 def test_a_generator_makes_it_reproducible():
