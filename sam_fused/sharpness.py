@@ -235,6 +235,7 @@ class _Landscape:
             p.grad = None
         for t, data in self.halves:
             t.data = data.float()
+        self.weights = [local(p).clone() for p in self.params]  # a forward pass may change them, as max_norm does
         held = {p.untyped_storage().data_ptr() for p in map(local, params)}
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -287,7 +288,6 @@ class _Landscape:
     def loss(self, direction: list[Tensor] | None = None, radius: float = 0.0) -> float:
         """At w + radius * direction."""
         if direction is not None:
-            self.weights = self.weights or [local(p).clone() for p in self.params]
             for p, w, d in zip(self.params, self.weights, direction, strict=True):
                 local(p).copy_(w + radius * d)
             torch.clear_autocast_cache()

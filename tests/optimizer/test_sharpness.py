@@ -175,6 +175,20 @@ def test_nothing_is_left_behind(kind, fails_at, training, dtype):
     assert model.training is training
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "slice"])
+def test_weights_that_a_forward_pass_changes(kind):
+    """nn.Embedding scales down in place the rows that are longer than max_norm."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(6, 4, max_norm=1.0), nn.Flatten(), nn.Linear(8, 3))
+    before = snapshot(net.parameters())
+    common = net, nn.functional.cross_entropy, [(torch.arange(6).view(3, 2), torch.arange(3))]
+    if kind == "slice":
+        loss_slice(*common, radii=[0.0, 0.1])
+    else:
+        measure_sharpness(*common, rho=0.05, kind=kind)
+    assert_untouched(net.parameters(), before)
+
+
 @pytest.mark.parametrize("state", ["perturbed", "clean", "after eval()"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", [*KINDS, "slice"])
