@@ -259,12 +259,18 @@ uint64_t contents(const py::dict& state) {
   return hash.value();
 }
 
-// How often each tensor of each list was changed in place, as autograd counts it.
-std::vector<uint32_t> versions(const py::list& lists) {
-  std::vector<uint32_t> out;
+// Of each tensor of each list, how often it was changed in place, as autograd counts it, and its address (0 without
+// memory of its own): two numbers of 64 bits, in bytes, which Python compares at once.
+py::bytes marks(const py::list& lists) {
+  std::vector<uint64_t> out;
   for (const py::handle list : lists)
-    for (const py::handle t : list) out.push_back(tensor_of(t.ptr(), "tensors")._version());
-  return out;
+    for (const py::handle item : list) {
+      const Tensor& t = tensor_of(item.ptr(), "tensors");
+      out.push_back(t._version());
+      const void* const data = t.has_storage() ? t.storage().data_ptr().get() : nullptr;
+      out.push_back(data ? reinterpret_cast<uintptr_t>(data) + t.storage_offset() * t.itemsize() : 0);
+    }
+  return {reinterpret_cast<const char*>(out.data()), out.size() * sizeof(uint64_t)};
 }
 
 }  // namespace
@@ -294,7 +300,7 @@ PYBIND11_MODULE(_C, m) {
       none("grad_scale"), none("found_inf"));
   m.def("gather", torch::wrap_pybind_function(gather));
   m.def("contents", contents);
-  m.def("versions", torch::wrap_pybind_function(versions));
+  m.def("marks", torch::wrap_pybind_function(marks));
 #if defined(SAM_CUDA)
   m.attr("has_cuda") = true;
 #else

@@ -76,8 +76,8 @@ def gather(groups: list[list[Tensor]], /) -> tuple[Gradients, int, int]:
 def contents(state: dict[Any, Any], /) -> int:
     """A hash of which objects a dictionary of dictionaries holds, and of the tensors' layout and memory."""
 
-def versions(lists: list[list[Tensor]], /) -> list[int]:
-    """How often each tensor of each list was changed in place."""
+def marks(lists: list[list[Tensor]], /) -> bytes:
+    """How often each tensor of each list was changed in place, and its address: 16 bytes each."""
 
 def cpu_isa() -> str:
     """The instruction set in use on the CPU."""

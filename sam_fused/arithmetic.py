@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,9 @@ from .distributed import local
 
 #: Places in what :meth:`Arithmetic.measure` returns.
 GRAD_NORM, SHARPNESS, NORM = range(3)
+
+#: What :meth:`Arithmetic.marks` holds of one parameter.
+MARK = "=QQ"
 
 
 class Arithmetic:
@@ -54,13 +58,13 @@ class Arithmetic:
         """Move the weights along a direction, with what :meth:`measure` has just returned for it."""
         raise NotImplementedError
 
-    def versions(self) -> list[int]:
-        """How often each parameter that is perturbed was changed in place, as autograd counts it."""
-        return [p._version for params in self.perturbed() for p in params]
-
-    def perturbed(self) -> list[list[Tensor]]:
-        """The parameters that are perturbed, in lists of one device each."""
+    def perturbed(self) -> list[tuple[Tensor, Tensor]]:
+        """Each perturbed parameter and its backup (of a DTensor, of what this process holds)."""
         raise NotImplementedError
+
+    def marks(self) -> bytes:
+        """For each of :meth:`perturbed`, in ``MARK``: how often it was changed in place, and its address."""
+        return b"".join(struct.pack(MARK, p._version, p.data_ptr()) for p, _ in self.perturbed())
 
     def restore(self) -> None:
         """Move the weights back, bit for bit; nothing to do where they are not perturbed."""

@@ -86,7 +86,7 @@ class Fused(Arithmetic):
     def _match(self, plan: Plan) -> None:
         """Give each parameter of the update its backup, and find the perturbed ones that have no gradient now."""
         plan.matched = None  # until all of it is done
-        perturbed = [pair for bucket in self.record or [] for pair in zip(bucket.params, bucket.backups, strict=True)]
+        perturbed = self.perturbed()
         backup_of = {id(p): backup for p, backup in perturbed}
         for bucket in plan.descent:
             bucket.forget_rows()
@@ -151,11 +151,11 @@ class Fused(Arithmetic):
             _C.perturb_(bucket.rows_for_perturb(), tensors, norm, ascent, hook=on_record)
             bucket.mark_changed()
 
-    def perturbed(self) -> list[list[Tensor]]:
-        return [bucket.params for bucket in self.record or []]
+    def perturbed(self) -> list[tuple[Tensor, Tensor]]:
+        return [pair for bucket in self.record or [] for pair in zip(bucket.params, bucket.backups, strict=True)]
 
-    def versions(self) -> list[int]:
-        return _C.versions(self.perturbed())
+    def marks(self) -> bytes:
+        return _C.marks([bucket.params for bucket in self.record or []])
 
     def restore(self) -> None:
         for bucket in self.record or []:

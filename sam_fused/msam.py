@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,11 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import amp
+from .arithmetic import MARK
 from .around import Around
 from .bases import check_moments
-from .distributed import fsdp_modules, inner_modules
+from .buffers import fits
+from .distributed import fsdp_modules, inner_modules, local
 from .fused import Fused
 from .parameters import name_of
 from .reference import Reference
@@ -43,7 +46,7 @@ class MSAM(Around):
     def _set_up(self) -> None:
         super()._set_up()
         self._loaded = False  # a checkpoint, since when the weights were not perturbed
-        self._versions: list[int] | None = None  # of the perturbed weights; None: not known
+        self._marks: bytes | None = None  # of the perturbed weights; None: not known
         if self.model is not None:
             hooks = _Hooks(self)
             for module in inner_modules(self.model):
@@ -102,11 +105,11 @@ class MSAM(Around):
         self._check_unchanged("step()")
         grad_scale, found_inf = amp.given(self, self._device())
         try:
-            self._versions = None
+            self._marks = None
             self._arithmetic.advance(grad_scale, found_inf)
         finally:
             self._moved()
-        self._versions = self._arithmetic.versions()
+        self._marks = self._arithmetic.marks()
         self._updated()
 
     # ---- the clean weights and the perturbed ones ----
@@ -143,10 +146,10 @@ class MSAM(Around):
         direction = self._arithmetic.momenta()
         if direction:
             self._gather_again()
-            self._versions = None
+            self._marks = None
             self._arithmetic.perturb(direction, self._arithmetic.measure(direction))
             self._moved()
-            self._versions = self._arithmetic.versions()
+            self._marks = self._arithmetic.marks()
 
     def _gather_again(self) -> None:
         """What FSDP2 holds of the other processes' weights is not theirs any more."""
@@ -158,22 +161,30 @@ class MSAM(Around):
         changed = self._changed()
         if changed is not None:
             raise RuntimeError(
-                f"{what}: {changed} was changed in place while it was perturbed; change or load weights between "
-                "eval() and train(). restore() drops the change and gives the clean weights back"
+                f"{what}: {changed} was changed while it was perturbed; change or load weights between eval() and "
+                "train(). restore() drops the change and gives the clean weights back"
             )
 
     def _changed(self) -> str | None:
-        """The name of a parameter that was changed in place while it was perturbed."""
-        if not self.perturbed or self._versions is None:
+        """The name of a parameter that was changed in place, or given other ``data``, while it was perturbed.
+
+        Another dtype, device or layout is no change: ``model.to()`` keeps the values.
+        """
+        if not self.perturbed or self._marks is None:
             return None
-        versions = self._arithmetic.versions()
-        if versions == self._versions:
+        marks = self._arithmetic.marks()
+        if marks == self._marks:
             return None
-        at = next(i for i, (a, b) in enumerate(zip(versions, self._versions, strict=True)) if a != b)
-        changed = [p for params in self._arithmetic.perturbed() for p in params][at]
+        now, before = (struct.iter_unpack(MARK, held) for held in (marks, self._marks))
+        changed = {
+            p
+            for (p, backup), (version, address), mark in zip(self._arithmetic.perturbed(), now, before, strict=True)
+            if version != mark[0] or (address != mark[1] and fits(backup, local(p)))
+        }
         groups = self.param_groups
         places = ((g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"]))
-        return next((name_of(groups, g, i) for g, i, p in places if p is changed), "a parameter")
+        names = (name_of(groups, g, i) for g, i, p in places if p in changed)
+        return next(names, "a parameter") if changed else None
 
     def _params(self) -> set[torch.Tensor]:
         return {p for group in self.param_groups for p in group["params"]}

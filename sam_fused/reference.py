@@ -178,8 +178,8 @@ class Reference(Arithmetic):
             perturbed = w + radius / (norm + 1e-12) * t * (t * d)
             p.copy_(_round_randomly(perturbed, p, norm) if p.element_size() == 2 else perturbed)
 
-    def perturbed(self) -> list[list[Tensor]]:
-        return [[p for p, _ in self.record or []]]
+    def perturbed(self) -> list[tuple[Tensor, Tensor]]:
+        return self.record or []
 
     def restore(self) -> None:
         for p, backup in self.record or []:

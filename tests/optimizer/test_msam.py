@@ -301,7 +301,7 @@ def test_weights_that_are_changed_while_they_are_perturbed(cls):
     with torch.no_grad():
         model[3].weight.mul_(2)
     for action in (opt.step, opt.eval):
-        with pytest.raises(RuntimeError, match=r"'params'\]\[4\] was changed in place while it was perturbed"):
+        with pytest.raises(RuntimeError, match=r"'params'\]\[4\] was changed while it was perturbed"):
             action()
     opt.restore()
     assert same(model, clean)
@@ -311,6 +311,40 @@ def test_weights_that_are_changed_while_they_are_perturbed(cls):
     opt.train()
     opt.eval()
     assert same(model, changed)
+
+
+@both
+@pytest.mark.parametrize("how", ["replaced", "vector_to_parameters"])
+def test_weights_whose_data_is_replaced_while_they_are_perturbed(cls, how):
+    """As in a layer that keeps its norm below a bound. Autograd counts no change then."""
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    train(model, opt, range(3))
+    opt.eval()
+    clean = values(model)
+    opt.train()
+    if how == "replaced":
+        model[0].weight.data = torch.renorm(model[0].weight.data, 2, 0, 0.1)
+    else:
+        nn.utils.vector_to_parameters(torch.zeros(sum(w.numel() for w in clean)), model.parameters())
+    for action in (opt.step, opt.eval):
+        with pytest.raises(RuntimeError, match=r"'params'\]\[0\] was changed while it was perturbed"):
+            action()
+    opt.restore()
+    assert same(model, clean)
+
+
+@both
+def test_a_model_may_be_moved_while_it_is_perturbed(cls):
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    train(model, opt, range(3))
+    opt.eval()
+    clean = values(model)
+    opt.train()
+    model.to(torch.float64)
+    opt.eval()
+    assert same(model, [w.double() for w in clean])
 
 
 @both
