@@ -11,6 +11,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from . import amp
 from .arithmetic import Arithmetic
 from .geometry import check_options
 from .parameters import check_group, check_memory
@@ -127,6 +128,7 @@ class Around(Optimizer):
     def _restore(self) -> None:
         self._arithmetic.restore()
         self._moved()
+        amp.forget(self)
 
     def _moved(self) -> None:
         """The weights are elsewhere than they were; autocast's outermost context may hold casts of them."""

@@ -56,6 +56,8 @@ def norm_only(model: nn.Module, *, rho: float, **options: Any) -> list[dict[str,
 def only_ascending(groups: Sequence[dict[str, Any]]) -> Iterator[None]:
     """Parameters of groups with rho 0 ask for no gradients, which spares the backward pass their computation.
 
+    Not so where no other would ask for one: a backward pass without gradients is an error.
+
     Raises:
         RuntimeError: if one of them is a DTensor: FSDP2 would go on without its gradients.
     """
@@ -66,6 +68,8 @@ def only_ascending(groups: Sequence[dict[str, Any]]) -> Iterator[None]:
                 raise RuntimeError(f"lean_ascent: {name_of(groups, g, i)} is a DTensor, which is not supported")
             if p.requires_grad:
                 resting.append(p)
+    if not any(p.requires_grad for group in groups for p in group["params"] if group["rho"] > 0):
+        resting = []
     try:
         for p in resting:
             p.requires_grad_(False)

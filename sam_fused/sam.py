@@ -157,7 +157,6 @@ class SAM(Around):
     def _restore(self) -> None:
         super()._restore()
         self._statistics.thaw()
-        amp.forget(self)
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:

@@ -717,6 +717,21 @@ def test_grad_scaler(cls, base, unscales):
 
 
 @both
+def test_after_a_step_that_grad_scaler_saw_fail(cls, monkeypatch):
+    """It leaves its marks on the optimizer; restore() wipes them off."""
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(backward(model, 0).detach())
+    with monkeypatch.context() as patch:
+        patch.setattr(opt, "_advance", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            scaler.step(opt)
+    opt.restore()
+    opt.step(lambda: backward(model, 1))
+
+
+@both
 def test_a_closure_through_grad_scaler_is_refused(cls):
     model = network()
     opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)

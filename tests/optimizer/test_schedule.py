@@ -255,6 +255,26 @@ def test_a_lean_ascent_is_the_same_step(cls):
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+def test_a_lean_ascent_where_all_that_ascends_is_frozen():
+    """A backward pass without any gradient to compute would be an error."""
+    ends = []
+    for lean in (False, True):
+        model = perceptron(1).double()
+        opt = FusedSAM(norm_only(model, rho=0.5), torch.optim.Adam, lr=0.05, lean_ascent=lean)
+        for p in opt.param_groups[0]["params"]:
+            p.requires_grad_(False)
+
+        def closure(model=model, opt=opt) -> torch.Tensor:
+            opt.zero_grad()
+            loss = loss_of(model, *batch(0))
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+        ends.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_a_lean_ascent_that_raises_asks_for_gradients_again():
     model = perceptron(1)
     opt = FusedSAM(norm_only(model, rho=0.5), torch.optim.Adam, lean_ascent=True)
