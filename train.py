@@ -431,7 +431,8 @@ def build(s: Settings) -> Parts:
         opt = FusedSAM(params, BASES[s.base], model=net, scaler=scaler, lean_ascent=s.norm_only, **options)
     milestones = [math.ceil(f * s.epochs) for f in LR_MILESTONES]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(opt, milestones, LR_DECAY)
-    return Parts(model, opt, scheduler, LambdaRho(opt, late(s.sam_from * s.epochs)), scaler, net)
+    start = s.sam_from * s.epochs if s.rho else 0  # the plain base is measured from the first epoch on
+    return Parts(model, opt, scheduler, LambdaRho(opt, late(start)), scaler, net)
 
 
 # ---- one epoch ----
@@ -459,13 +460,13 @@ def train_step(s: Settings, parts: Parts, x: Tensor, y: Tensor, index: int) -> l
         done.append(Pass(loss.detach(), (logits.detach().argmax(1) == y[:size]).sum(), size))
         return loss
 
+    ascends = any(parts.rho_schedule.get_last_rho())
     if isinstance(opt, FusedSAM) and s.rho and index % s.sam_every == 0:
-        ascends = any(parts.rho_schedule.get_last_rho())
         sizes = iter([max(1, round(s.ascent_fraction * len(x)))] * ascends + [len(x)])
         opt.step(lambda: forward_backward(next(sizes)))
     else:
         forward_backward(len(x))
-        if isinstance(opt, FusedSAM):
+        if isinstance(opt, FusedSAM) and ascends:
             opt.measure_sharpness()
         scaler.step(opt)
     scaler.update()
@@ -486,8 +487,7 @@ def train_epoch(s: Settings, parts: Parts, bar: tqdm, normalize: Normalize) -> d
             rises += 1
         if index % 10 == 0:
             mean = loss.item() / seen
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"the training loss is {mean} at batch {index}")
+            check_loss(mean, f"at batch {index}")
             bar.set_postfix(loss=f"{mean:.3f}", acc=f"{correct.item() / seen:.3f}")
     opt = parts.optimizer
     sharpness = opt.mean_sharpness().item() if isinstance(opt, FusedSAM) else math.nan
@@ -495,12 +495,19 @@ def train_epoch(s: Settings, parts: Parts, bar: tqdm, normalize: Normalize) -> d
     if dist.is_initialized():
         dist.all_reduce(sums)
     all_loss, all_correct, all_seen, all_sharpness, all_rise, all_rises = sums.tolist()
+    mean = all_loss / all_seen
+    check_loss(mean, "at the end of the epoch")
     return {
-        "train_loss": all_loss / all_seen,
+        "train_loss": mean,
         "train_acc": all_correct / all_seen,
         "sharpness": finite(all_sharpness / world_size()),
         "realised_sharpness": finite(all_rise / all_rises) if all_rises else None,
     }
+
+
+def check_loss(mean: float, when: str) -> None:
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the training loss is {mean} {when}")
 
 
 @torch.no_grad()
@@ -515,13 +522,13 @@ def evaluate(model: nn.Module, split: Split, normalize: Normalize) -> tuple[floa
     return loss / len(split.labels), torch.cat(right)
 
 
-def measure(model: nn.Module, splits: dict[str, Split], normalize: Normalize) -> dict[str, float]:
+def measure(model: nn.Module, splits: dict[str, Split], normalize: Normalize) -> dict[str, float | None]:
     """Loss and accuracy of test and val; of a training set with wrong labels, the accuracy on right and wrong ones."""
-    out: dict[str, float] = {}
+    out: dict[str, float | None] = {}
     for name in ("test", "val"):
         if name in splits:
             loss, right = evaluate(model, splits[name], normalize)
-            out |= {f"{name}_loss": loss, f"{name}_acc": right.float().mean().item()}
+            out |= {f"{name}_loss": finite(loss), f"{name}_acc": right.float().mean().item()}
     wrong = splits["train"].wrong
     if wrong is not None:
         _, right = evaluate(model, splits["train"], normalize)
@@ -574,24 +581,39 @@ class RunError(Exception):
     """The run's folder is not as expected."""
 
 
-def open_run(s: Settings, resume: bool) -> dict[str, Any] | None:
-    """Make the folder, or check that it holds this very run; returns its checkpoint, if there is one."""
+def open_run(s: Settings, resume: bool) -> tuple[dict[str, Split], dict[str, Split], dict[str, Any] | None]:
+    """Make the folder, or check that it holds this very run.
+
+    Returns:
+        The data, what is evaluated before the last epoch, and the run's checkpoint, if there is one.
+    """
     out = Path(s.out)
     config, checkpoint = out / "config.json", out / "checkpoint.pt"
     settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in FREE_ON_RESUME}
+    content = {"settings": settings, "environment": environment(s.device)}
     if not rank():  # the first process sees to the folder
         if not resume and (config.exists() or checkpoint.exists()):
             raise RunError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
         if config.exists():
-            held = json.loads(config.read_text())["settings"]
-            for name, value in settings.items():
-                if held.get(name, value) != value:
-                    raise RunError(f"--resume: {out} was run with {name} = {held.get(name)!r}, not {value!r}")
+            held = json.loads(config.read_text())
+            # each process perturbs by its own part of a batch
+            was, now = ({**c["settings"], "processes": c["environment"]["processes"]} for c in (held, content))
+            for name, value in now.items():
+                if was.get(name, value) != value:
+                    raise RunError(f"--resume: {out} was run with {name} = {was.get(name)!r}, not {value!r}")
+    splits = load_data(s)  # before the folder is made: a start that fails leaves nothing
+    before_last = dict(splits)
+    if s.eval_size == 0:
+        del before_last["test"]
+    elif s.eval_size:
+        before_last["test"], _ = divide(splits["test"], s.eval_size, 0, "--eval-size")
+    if not rank():
         out.mkdir(parents=True, exist_ok=True)
         for part in out.glob("*.part"):  # of a save that was killed
             part.unlink()
-        save(config, json.dumps({"settings": settings, "environment": environment(s.device)}, indent=2) + "\n")
-    return torch.load(checkpoint, weights_only=True, map_location="cpu") if checkpoint.exists() else None
+        save(config, json.dumps(content, indent=2) + "\n")
+    kept = torch.load(checkpoint, weights_only=True, map_location="cpu") if checkpoint.exists() else None
+    return splits, before_last, kept
 
 
 def train(
@@ -605,12 +627,8 @@ def train(
     """
     torch.set_num_threads(s.threads)
     out = Path(s.out)
-    checkpoint, splits = rank_0_first(lambda: (open_run(s, resume), load_data(s)))
-    train_split, before_last = splits["train"], dict(splits)
-    if s.eval_size == 0:
-        del before_last["test"]
-    elif s.eval_size:
-        before_last["test"], _ = divide(splits["test"], s.eval_size, 0, "--eval-size")
+    splits, before_last, checkpoint = rank_0_first(lambda: open_run(s, resume))
+    train_split = splits["train"]
     normalize = Normalize(train_split.images)
     torch.manual_seed(s.seed)  # of the network; the order of the images and their augmentation have a generator
     generator = torch.Generator(s.device).manual_seed(s.seed)
@@ -636,6 +654,8 @@ def train(
         parts.scheduler.step()
         parts.rho_schedule.step()
         metrics.append({"epoch": epoch, "lr": lr, **row})
+        if not all(t.isfinite().all() for t in (*parts.model.parameters(), *parts.model.buffers())):
+            raise FloatingPointError(f"the weights are not finite after epoch {epoch}")
         if rank():
             continue
         last = epoch == s.epochs
@@ -644,9 +664,9 @@ def train(
         metrics[-1] |= measure(parts.model, splits if last else before_last, normalize)
         metrics[-1]["seconds"] = time.perf_counter() - start
         states = {name: part.state_dict() for name, part in parts.kept().items()}
-        save(out / "checkpoint.pt", {**states, "random": {"data": generator.get_state()}, "metrics": metrics})
-        if s.keep_every and epoch % s.keep_every == 0:
+        if s.keep_every and epoch % s.keep_every == 0:  # before the checkpoint, after which no run comes back here
             save(out / f"weights-{epoch:04}.pt", states["model"])
+        save(out / "checkpoint.pt", {**states, "random": {"data": generator.get_state()}, "metrics": metrics})
         write_metrics(out, metrics)
         if after_epoch:
             after_epoch(metrics[-1])
@@ -699,8 +719,10 @@ def report(folders: list[str]) -> str:
         try:
             s = json.loads((folder / "config.json").read_text())["settings"]
             epochs = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-        except OSError as error:
-            raise RunError(f"--report: {folder} holds no run: {error}") from error
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"--report: {folder} holds no run: {error!r}") from error
+        if not epochs:
+            raise RunError(f"--report: {folder} holds no run that has finished an epoch")
         last = {**epochs[-1], "seconds": sum(m["seconds"] for m in epochs) / len(epochs)}
         kind = ("A" if s["adaptive"] else "") + s.get("method", "sam").upper()
         optimizer = s["base"] + (f" + {kind} {s['rho']:g}" if s["rho"] else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -337,6 +338,20 @@ def test_sam_from_a_part_of_the_run():
     assert calls == [(8, False), (8, False), (4, False), (8, True), (4, False), (8, True)]
 
 
+def test_no_sharpness_before_sam_begins():
+    s, parts, x, y, _ = one_step("--sam-from", "0.5", "--epochs", "2", "--sam-every", "2")
+    for step in range(2):
+        train.train_step(s, parts, x, y, step)
+    assert parts.optimizer.mean_sharpness().isnan()
+    parts.rho_schedule.step()
+    for step in range(2):
+        train.train_step(s, parts, x, y, step)
+        assert parts.optimizer.mean_sharpness() > 0
+    s, parts, x, y, _ = one_step("--sam-from", "0.5", "--epochs", "2", "--rho", "0")  # the plain base is measured
+    train.train_step(s, parts, x, y, 0)
+    assert parts.optimizer.mean_sharpness() > 0
+
+
 def test_norm_only():
     _, parts, *_ = one_step("--norm-only", "--rho", "0.3")
     assert [group["rho"] for group in parts.optimizer.param_groups] == [0.3, 0.0]
@@ -594,10 +609,78 @@ def test_the_config_holds_no_paths(tmp_path):
     assert str(tmp_path) not in (tmp_path / "run" / "config.json").read_text()
 
 
-def test_a_run_that_diverges_says_so(tmp_path, capsys):
+@pytest.mark.parametrize("rho", ["0", "0.05"])
+def test_a_run_that_diverges_says_so(rho, tmp_path, capsys):
+    """Also where only the last batches of the last epoch do."""
     out = tmp_path / "run"
-    assert train.main([*TINY, "--epochs", "2", "--base", "sgd", "--lr", "1e20", "--out", str(out)]) == 1
-    assert "the training loss is nan" in capsys.readouterr().err
+    assert train.main([*TINY, "--epochs", "1", "--base", "sgd", "--rho", rho, "--lr", "1e20", "--out", str(out)]) == 1
+    assert re.search("the training loss is (nan|inf)", capsys.readouterr().err)
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_weights_that_are_not_finite_do_not_take_the_place_of_good_ones(tmp_path, capsys, monkeypatch):
+    """The last update alone may do it, after the last loss was taken."""
+    out, epoch = tmp_path / "run", train.train_epoch
+
+    def spoilt(s, parts, *args):
+        row = epoch(s, parts, *args)
+        if (out / "checkpoint.pt").exists():
+            with torch.no_grad():
+                next(parts.model.parameters()).fill_(float("inf"))
+        return row
+
+    monkeypatch.setattr(train, "train_epoch", spoilt)
+    assert train.main([*TINY, "--epochs", "2", "--out", str(out)]) == 1
+    assert "weights are not finite after epoch 2" in capsys.readouterr().err
+    assert len(torch.load(out / "checkpoint.pt", weights_only=True)["metrics"]) == 1
+    monkeypatch.undo()
+    assert train.main([*TINY, "--epochs", "2", "--out", str(out), "--resume"]) == 0
+
+
+def test_an_interrupt_between_two_files_loses_neither(tmp_path, monkeypatch):
+    out, save, saved = tmp_path / "run", train.save, []
+
+    def interrupted(path, content):
+        save(path, content)
+        saved.append(path.name)
+        if sum(name.endswith(".pt") for name in saved) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", interrupted)
+    assert train.main([*TINY, "--epochs", "2", "--keep-every", "1", "--out", str(out)]) == 130
+    monkeypatch.undo()
+    assert train.main([*TINY, "--epochs", "2", "--keep-every", "1", "--out", str(out), "--resume"]) == 0
+    assert {p.name for p in out.glob("*.pt")} == {"checkpoint.pt", "weights-0001.pt", "weights-0002.pt"}
+
+
+@pytest.mark.parametrize("flag", ["--eval-size", "--train-size"])
+def test_a_start_that_fails_leaves_nothing(flag, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main([*TINY, flag, "100000", "--epochs", "1", "--out", str(out)]) == 1
+    assert flag in capsys.readouterr().err
+    assert train.main([*TINY, "--epochs", "1", "--out", str(out)]) == 0
+
+
+def test_another_number_of_processes_does_not_go_on(tmp_path, capsys):
+    """Each process perturbs by its own part of the batch."""
+    out = tmp_path / "run"
+    assert train.main([*TINY, "--epochs", "1", "--out", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    config["environment"]["processes"] = 2
+    (out / "config.json").write_text(json.dumps(config))
+    assert train.main([*TINY, "--epochs", "1", "--out", str(out), "--resume"]) == 1
+    assert "was run with processes = 2, not 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "rows"), [(None, "{}"), ("{}", "{}"), ('{"settings": {}}', ""), ('{"settings": {}}', "half a li")]
+)
+def test_a_report_of_what_is_no_run(config, rows, tmp_path, capsys):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    assert train.main(["--report", str(tmp_path)]) == 1
+    assert f"--report: {tmp_path} holds no run" in capsys.readouterr().err
 
 
 def test_train_py_uses_the_fused_optimizer():
