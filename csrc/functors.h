@@ -74,6 +74,18 @@ struct Sharpness {
 // once for each count; Update<A> is made once a chunk, and called once an element with the weight, the gradient and the
 // element's states.
 
+// Of a base on which the step count has no bearing.
+struct NoStep {
+  template <class Hyper>
+  SAM_FN NoStep(const Hyper&, double /*count*/) {}
+};
+
+// What a gradient is multiplied by.
+template <class Hyper>
+SAM_FN double gain_of(const Hyper& h, double grad_scale) {
+  return (h.maximize != 0 ? -1 : 1) / grad_scale;
+}
+
 // torch.optim.SGD, without dampening.
 template <bool kMomentum>
 struct SgdBase {
@@ -85,9 +97,7 @@ struct SgdBase {
     double lr, weight_decay, maximize, momentum, nesterov;
   };
 
-  struct Step {
-    SAM_FN Step(const Hyper&, double /*count*/) {}
-  };
+  using Step = NoStep;
 
   template <class A>
   struct Update {
@@ -96,7 +106,7 @@ struct SgdBase {
     SAM_FN Update(const Hyper& h, const Step&, double grad_scale)
         : lr(static_cast<A>(h.lr)),
           weight_decay(static_cast<A>(h.weight_decay)),
-          gain(static_cast<A>((h.maximize != 0 ? -1 : 1) / grad_scale)),
+          gain(static_cast<A>(gain_of(h, grad_scale))),
           momentum(static_cast<A>(h.momentum)),
           nesterov(h.nesterov != 0) {}
     SAM_FN void operator()(A& w, A g, A* state) const {
@@ -139,7 +149,7 @@ struct AdamBase {
       const bool decoupled = h.decoupled_weight_decay != 0;
       decay = static_cast<A>(decoupled ? 1 - h.lr * h.weight_decay : 1);
       weight_decay = static_cast<A>(decoupled ? 0 : h.weight_decay);
-      gain = static_cast<A>((h.maximize != 0 ? -1 : 1) / grad_scale);
+      gain = static_cast<A>(gain_of(h, grad_scale));
       from_avg = 1 - h.beta1 < 0.5;
       lerp = static_cast<A>(from_avg ? 1 - h.beta1 : -h.beta1);
       beta2 = static_cast<A>(h.beta2);
@@ -176,9 +186,7 @@ struct RmspropBase {
     double lr, weight_decay, maximize, alpha, eps, momentum;
   };
 
-  struct Step {
-    SAM_FN Step(const Hyper&, double /*count*/) {}
-  };
+  using Step = NoStep;
 
   template <class A>
   struct Update {
@@ -186,7 +194,7 @@ struct RmspropBase {
     SAM_FN Update(const Hyper& h, const Step&, double grad_scale)
         : lr(static_cast<A>(h.lr)),
           weight_decay(static_cast<A>(h.weight_decay)),
-          gain(static_cast<A>((h.maximize != 0 ? -1 : 1) / grad_scale)),
+          gain(static_cast<A>(gain_of(h, grad_scale))),
           alpha(static_cast<A>(h.alpha)),
           one_minus_alpha(static_cast<A>(1 - h.alpha)),
           eps(static_cast<A>(h.eps)),

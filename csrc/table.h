@@ -1,4 +1,4 @@
-// What a kernel sees of the tensors: plain structs, filled in by ops.cpp after every check. Free of torch.
+// What a kernel sees of the tensors: plain structs, filled in by rows.cpp after every check. Free of torch.
 #pragma once
 #include <cstdint>
 #include <vector>

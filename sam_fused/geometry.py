@@ -11,11 +11,6 @@ import torch
 from torch import Tensor
 
 
-def wide(t: Tensor) -> Tensor:
-    """``t`` in the dtype of the arithmetic: float32, or float64 where ``t`` is."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
 def ascent_scale(w: Tensor, options: dict[str, Any]) -> Tensor:
     """T: 1, or |w| + eta for ASAM."""
     return w.abs() + options["eta"] if options["adaptive"] else torch.ones_like(w)

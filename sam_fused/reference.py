@@ -17,8 +17,13 @@ from torch.optim import Optimizer
 from .arithmetic import NORM, Arithmetic
 from .bases import check_moments, moment_of, native_update
 from .distributed import is_dtensor
-from .geometry import ascent_scale, radii, signed_radius, wide
+from .geometry import ascent_scale, radii, signed_radius
 from .parameters import Group, check_memory, name_of
+
+
+def wide(t: Tensor) -> Tensor:
+    """``t`` in the dtype of the arithmetic: float32, or float64 where ``t`` is."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _hashed(x: Tensor) -> Tensor:

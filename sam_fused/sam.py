@@ -241,7 +241,10 @@ class SAM(Around):
 
 
 def _trains(group: Group) -> bool:
-    """False for lr 0, with which torch.distributed.checkpoint makes a step for the state. No GPU is waited for."""
+    """Whether the learning rate is not 0, as far as is known without waiting for a GPU.
+
+    torch.distributed.checkpoint makes a step with learning rate 0 to have the state there; that one is meant.
+    """
     lr = group.get("lr")
     return (isinstance(lr, Tensor) and not lr.is_cpu) or bool(lr != 0)
 

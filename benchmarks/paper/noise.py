@@ -31,7 +31,7 @@ from ..plots import band, figure, legend_above
 from ..tables import percent, table
 from .intervals import t_interval
 from .runs import GRID, OPTIMIZERS, Result, read_packed, read_runs
-from .sweep import Case, Grid, Run, command, command_line, tune
+from .sweep import GRID_SEED, LEARNING_RATES, Case, Grid, Run, command, command_line, tune
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,6 @@ METHODS = {
     "norm": Method("SAM of the norm layers", {"norm_only": True}, Grid("rho", -1, 1)),
     "part": Method("SAM, ascent on a quarter", {"ascent_fraction": 0.25}, Grid("rho", -2, 0)),
 }
-LEARNING_RATES = {"sgd": Grid("lr", -3, -1), "adam": Grid("lr", -7, -5)}
-GRID_SEED = 100
 
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {

@@ -119,6 +119,12 @@ class Grid:
         return {self.name: step_of(k) * self.scale}
 
 
+#: By base, around the paper's 0.1 and 0.001.
+LEARNING_RATES = {"sgd": Grid("lr", -3, -1), "adam": Grid("lr", -7, -5)}
+#: Of the runs that something is chosen by; no table uses it.
+GRID_SEED = 100
+
+
 def search(
     grid: Grid, run_at: Callable[[dict[str, float]], Run], key: str, extend: int = 3
 ) -> tuple[list[Run], dict[str, float]]:

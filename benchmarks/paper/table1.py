@@ -34,42 +34,36 @@ import torch
 import train
 
 from .runs import GRID, NETWORKS, read_packed
-from .sweep import Case, Grid, Run, command, command_line, tune
+from .sweep import GRID_SEED, LEARNING_RATES, Case, Grid, Run, command, command_line, tune
 from .table1_report import report
 
 # ---- what is run ----
 
+# What the presets have in common; each replaces some of it.
+COMMON: dict[str, Any] = {
+    "batch_size": 128,
+    "train_size": None,
+    "eval_size": None,
+    "validate": None,
+    "holdout": 5000,
+    "grid": {},  # what its runs have in place of the table's
+    "extend": 0,
+    "amp": None,
+    "methods": ["base", "sam"],
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "width": {"resnet18": 64, "vgg16": 64},
-        "epochs": 200,
-        "batch_size": 128,
-        "train_size": None,
-        "eval_size": None,
-        "validate": None,
-        "holdout": 5000,
-        "grid": {},  # what its runs have in place of the table's
-        "extend": 0,
-        "amp": None,
-        "methods": ["base", "sam"],
-    },
+    "paper": {**COMMON, "width": {"resnet18": 64, "vgg16": 64}, "epochs": 200},
     "cpu": {
+        **COMMON,
         "width": {"resnet18": 8, "vgg16": 16},  # a pass costs about the same
         "epochs": 60,
-        "batch_size": 128,
         "train_size": 1000,
         "eval_size": 500,
-        "validate": None,
-        "holdout": 5000,
-        "grid": {},
-        "extend": 0,
-        "amp": None,
-        "methods": ["base", "sam"],
     },
     "large": {
+        **COMMON,
         "width": {"resnet18": 16, "vgg16": 16},
         "epochs": 30,
-        "batch_size": 128,
         "train_size": 10_000,
         "eval_size": 0,
         "validate": 2000,
@@ -93,11 +87,8 @@ NUMBERS = ("width", "epochs", "batch_size", "train_size", "eval_size", "validate
 
 METHODS: dict[str, dict[str, Any]] = {"base": {"rho": 0}, "sam": {}, "msam": {"method": "msam"}}
 
-# The fair recipe's grids: around the paper's value, or for Momentum-SAM's rho ten times that. Their seed is none of the
-# table's.
-LEARNING_RATES = {"sgd": Grid("lr", -3, -1), "adam": Grid("lr", -7, -5)}
+# The fair recipe's grids: around the paper's value, or for Momentum-SAM's rho ten times that.
 RHOS = {"sam": Grid("rho", -3, -1, 0.5), "msam": Grid("rho", -1, 1, 0.5)}
-GRID_SEED = 100
 
 
 def plan(args: argparse.Namespace) -> list[list[Run]]:

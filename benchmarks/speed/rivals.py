@@ -66,7 +66,7 @@ RIVALS: dict[str, Callable[..., Any]] = {
     "pytorch_optimizer SAM, fused=True": lambda p, b, a, **o: pytorch_optimizer.SAM(
         p, b, rho=RHO, adaptive=a, fused=True, **o
     ),
-    "foreach + fused base": lambda p, b, a, **o: ForeachSAM(p, b, a, **o),
+    "foreach + fused base": ForeachSAM,
     "FusedSAM": lambda p, b, a, **o: FusedSAM(p, b, rho=RHO, adaptive=a, **o),
 }
 

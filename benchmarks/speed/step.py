@@ -123,8 +123,8 @@ def run(name: str, base: str, adaptive: bool, threads: int, args: argparse.Names
     if args.memory and plainest and threads == args.threads[0]:
         state = 2 * 4 * numel + 4 * len(shapes)
         # davda54/sam frees memory that the profiler has not seen allocated, and does not count.
-        alone = [n for n in made if n not in ("davda54/sam", *HEAVYBALL, *OTHERS) or n == "FusedMSAM"]
-        cell["peak_extra"] = {n: peak_extra(made[n], state) / (4 * numel) for n in alone}
+        counted = [n for n in made if n in (*RIVALS, "FusedMSAM")]
+        cell["peak_extra"] = {n: peak_extra(made[n], state) / (4 * numel) for n in counted}
     return cell
 
 
