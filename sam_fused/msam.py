@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from .arithmetic import MARK
 from .around import Around
 from .bases import check_moments
 from .buffers import fits
-from .distributed import fsdp_modules, inner_modules, local
+from .distributed import fsdp_modules, local
 from .fused import Fused
+from .hooks import attach
 from .parameters import name_of
 from .reference import Reference
 
@@ -48,15 +48,7 @@ class MSAM(Around):
         self._loaded = False  # a checkpoint, since when the weights were not perturbed
         self._marks: bytes | None = None  # of the perturbed weights; None: not known
         if self.model is not None:
-            hooks = _Hooks(self)
-            for module in inner_modules(self.model):
-                for earlier in _Hooks.of(module):
-                    earlier.give_way(self)
-                # before FSDP2's, which gathers the weights
-                module.register_forward_pre_hook(hooks.before_forward, prepend=True)
-            for module in self.model.modules():  # a part may be saved alone
-                module.register_state_dict_pre_hook(hooks.before_state_dict)
-                module.register_load_state_dict_pre_hook(hooks.before_loading)
+            attach(self, self.model)
 
     def _check_groups(self) -> None:
         super()._check_groups()
@@ -204,65 +196,6 @@ class MSAM(Around):
         self._clean("load_state_dict()")
         super().load_state_dict(state_dict)
         self._loaded = True
-
-
-class _Hooks:
-    """Shows those who use a module the weights that they need. A copy of the module has nothing to do with them."""
-
-    def __init__(self, opt: MSAM | None = None) -> None:
-        self.opt = opt
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hooks, ()
-
-    @staticmethod
-    def of(module: nn.Module) -> list[_Hooks]:
-        """Those that earlier optimizers have put on ``module``."""
-        owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
-        return [owner for owner in owners if isinstance(owner, _Hooks)]
-
-    def give_way(self, to: MSAM) -> None:
-        """To a new optimizer of the same parameters, as where a notebook's cell runs again."""
-        opt = self.opt
-        if opt is None or opt._params().isdisjoint(to._params()):
-            return
-        if opt._changed() is None:  # or what they were changed to is what is wanted
-            opt.eval()
-        self.opt = None
-
-    @_disable_dynamo
-    def before_forward(self, module: nn.Module, args: Any) -> None:
-        """Clean also in training mode where no gradients are wanted, as in torch.optim.swa_utils.update_bn."""
-        if self.opt is None:
-            return
-        if module.training and torch.is_grad_enabled() and self.opt._training:
-            self.opt._perturb()
-        else:
-            self.opt._clean("a forward pass")
-
-    def before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if self.opt is not None:
-            self.opt._clean("state_dict()")
-
-    def before_loading(self, module: nn.Module, *args: Any) -> None:
-        if self.opt is not None:
-            self.opt._clean("load_state_dict()")
-
-
-@contextmanager
-def clean_weights(model: nn.Module) -> Iterator[None]:
-    """Within it ``model`` has its clean weights, whatever passes are made; afterwards those that it had before."""
-    opts = [hooks.opt for module in model.modules() for hooks in _Hooks.of(module) if hooks.opt is not None]
-    before = [(opt, opt._training, opt.perturbed) for opt in dict.fromkeys(opts)]
-    try:
-        for opt, *_ in before:
-            opt.eval()
-        yield
-    finally:
-        for opt, training, perturbed in before:
-            opt._training = training
-            if perturbed:
-                opt.train()
 
 
 class FusedMSAM(MSAM):

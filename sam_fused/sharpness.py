@@ -26,7 +26,7 @@ from .distributed import (
     without_ddp,
 )
 from .geometry import ascent_scale, check_options
-from .msam import clean_weights
+from .hooks import clean_weights
 from .parameters import check_group, check_memory
 
 T = TypeVar("T")

@@ -1,0 +1,88 @@
+"""Momentum-SAM's hooks on the model: whoever uses it sees the weights that they need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._compile import _disable_dynamo
+
+from .distributed import inner_modules
+
+if TYPE_CHECKING:
+    from .msam import MSAM
+
+
+def attach(opt: MSAM, model: nn.Module) -> None:
+    """From now on ``model`` shows its clean weights or its perturbed ones, as :class:`FusedMSAM` says."""
+    hooks = _Hooks(opt)
+    for module in inner_modules(model):
+        for earlier in _Hooks.of(module):
+            earlier.give_way(opt)
+        # before FSDP2's, which gathers the weights
+        module.register_forward_pre_hook(hooks.before_forward, prepend=True)
+    for module in model.modules():  # a part may be saved alone
+        module.register_state_dict_pre_hook(hooks.before_state_dict)
+        module.register_load_state_dict_pre_hook(hooks.before_loading)
+
+
+@contextmanager
+def clean_weights(model: nn.Module) -> Iterator[None]:
+    """Within it ``model`` has its clean weights, whatever passes are made; afterwards those that it had before."""
+    opts = [hooks.opt for module in model.modules() for hooks in _Hooks.of(module) if hooks.opt is not None]
+    before = [(opt, opt._training, opt.perturbed) for opt in dict.fromkeys(opts)]
+    try:
+        for opt, *_ in before:
+            opt.eval()
+        yield
+    finally:
+        for opt, training, perturbed in before:
+            opt._training = training
+            if perturbed:
+                opt.train()
+
+
+class _Hooks:
+    """One optimizer's. A copy of the module has nothing to do with it."""
+
+    def __init__(self, opt: MSAM | None = None) -> None:
+        self.opt = opt
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hooks, ()
+
+    @staticmethod
+    def of(module: nn.Module) -> list[_Hooks]:
+        """Those that earlier optimizers have put on ``module``."""
+        owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+        return [owner for owner in owners if isinstance(owner, _Hooks)]
+
+    def give_way(self, to: MSAM) -> None:
+        """To a new optimizer of the same parameters, as where a notebook's cell runs again."""
+        opt = self.opt
+        if opt is None or opt._params().isdisjoint(to._params()):
+            return
+        if opt._changed() is None:  # or what they were changed to is what is wanted
+            opt.eval()
+        self.opt = None
+
+    @_disable_dynamo
+    def before_forward(self, module: nn.Module, args: Any) -> None:
+        """Clean also in training mode where no gradients are wanted, as in torch.optim.swa_utils.update_bn."""
+        if self.opt is None:
+            return
+        if module.training and torch.is_grad_enabled() and self.opt._training:
+            self.opt._perturb()
+        else:
+            self.opt._clean("a forward pass")
+
+    def before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if self.opt is not None:
+            self.opt._clean("state_dict()")
+
+    def before_loading(self, module: nn.Module, *args: Any) -> None:
+        if self.opt is not None:
+            self.opt._clean("load_state_dict()")
