@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sam_fused import FusedMSAM, ReferenceMSAM
 from tests.helpers.cases import awkward, generator, set_grads
@@ -487,6 +488,45 @@ def test_two_optimizers_of_two_parts_of_a_model(cls):
     assert all(opt.perturbed for opt in opts)
     model.state_dict()
     assert not any(opt.perturbed for opt in opts)
+
+
+@both
+def test_the_average_of_the_clean_weights(cls):
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
+    average, sums = torch.optim.swa_utils.AveragedModel(model), [torch.zeros_like(p) for p in model.parameters()]
+    for step in range(4):
+        train(model, opt, range(step, step + 1))
+        opt.eval()
+        average.update_parameters(model)
+        opt.train()
+        model.state_dict()
+        sums = [total + p.detach() for total, p in zip(sums, model.parameters(), strict=True)]
+    for p, total in zip(average.module.parameters(), sums, strict=True):
+        torch.testing.assert_close(p, total / 4)
+
+
+@both
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations_of_a_part(cls, reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self, on: bool) -> None:
+            super().__init__()
+            self.first, self.rest, self.on = nn.Linear(5, 5), network()[0], on
+
+        def forward(self, x):
+            x = self.first(x)
+            return checkpoint(self.rest, x, use_reentrant=reentrant) if self.on else self.rest(x)
+
+    ends = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = Checkpointed(on)
+        opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
+        train(model, opt, range(4))
+        opt.eval()
+        ends.append(values(model))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 @both
