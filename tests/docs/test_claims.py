@@ -221,6 +221,11 @@ SGD_STOPPED = f"{100 * statistics.mean(NOISE['cifar10']['sgd', 40, 'base'].best(
 LATE_TIME = noise.time_ratio(*(NOISE["cifar10"]["sgd", 40, method].seconds() for method in ("base", "late")))
 
 
+KINDS = ("first_order", "realised", "average")
+FLATTEST = {
+    kind: mean("large", ("resnet18", "adam+msam"), measured(kind)) / mean("large", ("resnet18", "adam"), measured(kind))
+    for kind in KINDS
+}
 WITH_SAM = ("sgd", "sgd+sam"), ("adam", "adam+sam")
 EQUAL = at_equal_loss(*WITH_SAM)
 CLAIMS = {
@@ -279,6 +284,7 @@ CLAIMS = {
         f"{RESNET18.equal(('sgd', 'adam'))} times for ResNet-18",
         f"SGD's ends at {span(trend('sgd', ['large'])['last'])} times the first epoch's",
         f"Adam's ends at {VGG16.rise('adam')} times for VGG16, but at {RESNET18.rise('adam')} times for ResNet-18",
+        f"at {span(FLATTEST.values())} times plain Adam's values",
         f"SAM's sharpness is {span(at_equal_loss(*WITH_SAM, recipes=['large']))} times its base's",
         f"then rises, to {min(trend('adam')['last']):.2f} to {max(trend('adam')['last']):.1f} times the first epoch's",
     ],
@@ -305,6 +311,9 @@ def test_the_exception_with_10_000_images():
     assert RESNET18.mean("adam+msam", "train_loss") > RESNET18.mean("adam", "train_loss")
     losses = {(net.network, name): net.mean(name, "test_loss") for net in BOTH for name in net.rows}
     assert min(losses, key=lambda cell: losses[cell]) == ("resnet18", "adam+msam")
+    for kind in KINDS:
+        flat = {cell: mean("large", cell, measured(kind)) for cell in RUNS["large"]}
+        assert min(flat, key=lambda cell: flat[cell]) == ("resnet18", "adam+msam")
 
 
 def test_the_chosen_rhos_with_10_000_images():
