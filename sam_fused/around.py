@@ -193,7 +193,7 @@ def _adapted(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: for a checkpoint of davda54/sam or pytorch_optimizer's SAM.
     """
-    if any("old_p" in of_param for of_param in state_dict["state"].values()):
+    if any(isinstance(held, dict) and "old_p" in held for held in state_dict["state"].values()):
         raise ValueError(
             "state_dict: another library's SAM left its backups of the weights in it, 'old_p', and perhaps no state of "
             "the base; load the model's weights alone, or, if the base's state is there, delete 'old_p' everywhere"

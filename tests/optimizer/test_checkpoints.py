@@ -246,6 +246,21 @@ def test_a_checkpoint_that_does_not_fit(cls):
 
 
 @both
+def test_a_base_may_keep_state_of_no_parameter(cls):
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            self.state["steps"] = self.state.get("steps", 0) + 1
+            super().step(closure)
+
+    params = awkward(torch.float32)[:2]
+    opt = cls(params, Counting, lr=0.1)
+    run(opt, params, 2, sam=True)
+    other = cls(clones(params), Counting, lr=0.1)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert other.state["steps"] == 2
+
+
+@both
 @pytest.mark.parametrize("moments", [False, True], ids=["without the base's state", "with it"])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
 def test_a_checkpoint_of_another_sam_is_refused(base, moments, cls):
