@@ -36,6 +36,8 @@ NETWORKS = {"resnet18": "ResNet18", "vgg16": "VGG16"}
 STYLE = {"sgd": "C0--", "sgd+sam": "C0-", "sgd+msam": "C0:", "adam": "C1--", "adam+sam": "C1-", "adam+msam": "C1:"}
 GRID = "grid/"  # the names of runs that something is chosen by begin with it
 PACKED = "runs.jsonl.gz"
+# What runs lack that are older than the option.
+OLDER = {"method": "sam", "validate": None, "amp": None}
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Result:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return self.config["settings"]
+        return {**OLDER, **self.config["settings"]}
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -57,8 +59,8 @@ class Result:
 
     @property
     def cell(self) -> tuple[str, str]:
-        method = "+" + self.settings.get("method", "sam") if self.settings["rho"] else ""
-        return self.settings["arch"], self.settings["base"] + method
+        s = self.settings
+        return s["arch"], s["base"] + (f"+{s['method']}" if s["rho"] else "")
 
     @property
     def in_grid(self) -> bool:

@@ -103,9 +103,9 @@ def header(results: list[Result], recipe: str) -> list[str]:
     widths = {r.settings["arch"]: f"{r.settings['width']} ({NETWORKS[r.settings['arch']]})" for r in results}
     size = "all" if s["train_size"] is None else f"{s['train_size']:,}"
     tested = ", all but the last epoch tested on a fixed subset" if s["eval_size"] else ""
-    if s.get("validate"):
+    if s["validate"]:
         tested += f", {s['validate']:,} images held out for the accuracy by epoch, tested after the last epoch only"
-    if s.get("amp"):
+    if s["amp"]:
         tested += f", {s['amp']} autocast"
     return [
         f"# Table I, recipe {recipe}",
@@ -213,7 +213,7 @@ def comma_separated(results: list[Result]) -> str:
 
 def accuracies(r: Result) -> tuple[list[float], float | None]:
     """In %: by epoch, and where the last epoch is tested on other images than those before it, of that apart."""
-    validated = r.settings.get("validate")
+    validated = r.settings["validate"]
     by_epoch = [100 * m["val_acc" if validated else "test_acc"] for m in r.metrics]
     if not r.finished or not (validated or r.settings["eval_size"]):
         return by_epoch, None
@@ -241,7 +241,7 @@ def draw_accuracy(results: list[Result], path: Path) -> None:
     """Curves, and points for the test set where that is seen at the end only."""
     cells = by_cell(r for r in results if r.metrics)
     apart = any(accuracies(r)[1] is not None for r in results)
-    held_out = any(r.settings.get("validate") for r in results)
+    held_out = any(r.settings["validate"] for r in results)
     ylabel = "accuracy on held-out images" if held_out else "test accuracy"
     with network_panels(path, cells, "epoch", ylabel + (", %\npoints: whole test set" if apart else ", %")) as panels:
         for axes, arch in panels:
