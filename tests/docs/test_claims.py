@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from benchmarks.paper import noise
+from benchmarks.paper import demo, noise
 from benchmarks.paper import sharpness_study as study
 from benchmarks.paper.runs import NETWORKS, Result, by_cell, read_runs
-from tests.docs.tables import RECIPES, RESULTS, cells_of
+from tests.docs.tables import RECIPES, RESULTS, cells_of, ratio, read
 from tests.helpers.paths import ROOT
 
 SWEEPS = {**{recipe: f"cpu-{recipe}" for recipe in RECIPES}, "large": "large-fair"}
@@ -217,6 +217,13 @@ def rho_of(base: str, method: str) -> float:
     return rho
 
 
+def passes(name: str) -> str:
+    """The time of a training step over that of one forward and backward pass."""
+    [resnet18] = [cell for cell in read("bench/train.json")["networks"] if cell["arch"] == "resnet18"]
+    return f"{ratio(resnet18, name):.2f}"
+
+
+[DEMO_MEMORISED] = re.findall(r"gives back (\d+)% of the wrong labels", (RESULTS / "demo" / "demo.md").read_text())
 SGD_STOPPED = f"{100 * statistics.mean(NOISE['cifar10']['sgd', 40, 'base'].best().values()):.1f} %"
 LATE_TIME = noise.time_ratio(*(NOISE["cifar10"]["sgd", 40, method].seconds() for method in ("base", "late")))
 
@@ -244,6 +251,9 @@ CLAIMS = {
         f"for {of_both(lambda net, base: 100 * net.mean(base, 'train_acc'), 0)} % of their",
     ],
     "README.md": [
+        f"with ResNet-18 it takes {passes('FusedSAM')} passes' time, and {passes('pytorch_optimizer SAM')} with",
+        f"FusedMSAM's takes {passes('FusedMSAM')} (",
+        f"Adam at learning rate {demo.SETTING['lr']:g}, SAM at rho {demo.RHO:g}; one run",
         f"{MSAM_GAINS} in all four comparisons with 10,000 images",
         f"the sharpness that training records is lower with SAM in all {lower(recorded)} comparisons",
         f"SGD + SAM in all {adam_beats_sgd()}",
@@ -255,6 +265,7 @@ CLAIMS = {
     "docs/choosing.md": [
         f"here in all {IN_WORDS[sum(x > 0 for x in differences(last('train_loss')))]} comparisons",
         f"most**, {size('digits', 'adam', 60, 'long')} points in SAM's time",
+        f"at a learning rate of {demo.SETTING['lr']:g} plain Adam memorises {DEMO_MEMORISED} %, and SAM gains much",
         f"SAM in the second half gains {size('digits', 'adam', 60, 'late')}. Momentum-SAM",
         f"Momentum-SAM loses {size('digits', 'adam', 60, 'msam')}.",
         f"SAM in the second half gains {size('digits', 'sgd', 60, 'late')} points, ASAM",
