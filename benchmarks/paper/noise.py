@@ -47,7 +47,7 @@ PLAIN = {"rho": 0}
 METHODS = {
     "base": Method("base", PLAIN),
     "long": Method("base, twice the epochs", PLAIN),
-    "decay": Method("base, stronger weight decay", PLAIN, Grid("weight_decay", -6, -4)),
+    "decay": Method("base, weight decay chosen", PLAIN, Grid("weight_decay", -6, -4)),
     "sam": Method("SAM", {}, Grid("rho", -2, 0)),
     "asam": Method("ASAM", {"adaptive": True}, Grid("rho", 0, 2)),
     "late": Method("SAM in the second half", {"sam_from": 0.5}, Grid("rho", -2, 0)),
@@ -156,13 +156,19 @@ def cells_of(results: list[Result]) -> dict[tuple[str, int, str], Cell]:
     return dict(sorted(cells.items(), key=lambda item: (item[0][0], item[0][1], order[item[0][2]])))
 
 
-def gain(base: dict[int, float], other: dict[int, float]) -> str:
+def interval(base: dict[int, float], other: dict[int, float]) -> tuple[float, float] | None:
     """The 95 % t interval of other - base in percentage points, paired by seed."""
     differences = [100 * (other[seed] - base[seed]) for seed in sorted(base.keys() & other.keys())]
-    if len(differences) < 2:
+    return t_interval(differences) if len(differences) > 1 else None
+
+
+def gain(base: dict[int, float], other: dict[int, float]) -> str:
+    """The interval, with so many digits that each end shows its sign."""
+    ends = interval(base, other)
+    if ends is None:
         return "-"
-    low, high = t_interval(differences)
-    return f"{low:+.1f} to {high:+.1f}"
+    digits = 1 if min(map(abs, ends)) >= 0.05 else 2
+    return " to ".join(f"{end:+.{digits}f}" for end in ends)
 
 
 def time_ratio(base: dict[int, float], other: dict[int, float]) -> str:

@@ -173,7 +173,7 @@ def markdown(results: list[Result], grid: list[Result], recipe: str, common_rho:
         *header(results, recipe),
         *table(["", *by_network], accuracy_rows(cells)),
         "",
-        "What SAM adds, in percentage points, with the 95 % t interval of the differences paired by seed:",
+        "What is added to the base, in percentage points, with the 95 % t interval of the differences paired by seed:",
         "",
         *table(["", "", "paper", "here", "interval", "n"], difference_rows(cells)),
         "",
@@ -253,7 +253,8 @@ def draw_accuracy(results: list[Result], path: Path) -> None:
                 if tested:
                     spread = statistics.stdev(tested) if len(tested) > 1 else 0
                     color, line = STYLE[optimizer][:2], STYLE[optimizer][2:]
-                    point = {"fmt": "o", "color": color, "mfc": color if line == "-" else "white", "capsize": 3}
+                    marker = {"--": "o", "-": "o", ":": "D"}[line]
+                    point = {"fmt": marker, "color": color, "mfc": color if line == "-" else "white", "capsize": 3}
                     axes.errorbar(runs[0].settings["epochs"], statistics.mean(tested), spread, **point)
 
 

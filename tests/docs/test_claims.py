@@ -41,13 +41,23 @@ def mean(recipe: str, cell: tuple[str, str], value: Value) -> float:
     return statistics.mean(value(recipe, r) for r in RUNS[recipe][cell])
 
 
+def comparisons(recipes: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Recipe, network and base of SAM and its base; once where two recipes have the same runs."""
+    found: dict[str, tuple[str, str, str]] = {}
+    for recipe in recipes:
+        for network in NETWORKS:
+            for base in ("sgd", "adam"):
+                runs = [r for name in (base, f"{base}+sam") for r in RUNS[recipe][network, name]]
+                losses = json.dumps([[m["train_loss"] for m in r.metrics] for r in runs])
+                found.setdefault(losses, (recipe, network, base))
+    return list(found.values())
+
+
 def differences(value: Value, recipes: Iterable[str] = RECIPES) -> list[float]:
-    """SAM's mean over the seeds, less its base's: for each recipe, network and base."""
+    """SAM's mean over the seeds, less its base's, of each comparison."""
     return [
         mean(recipe, (network, f"{base}+sam"), value) - mean(recipe, (network, base), value)
-        for recipe in recipes
-        for network in NETWORKS
-        for base in ("sgd", "adam")
+        for recipe, network, base in comparisons(recipes)
     ]
 
 
@@ -70,11 +80,11 @@ def span(values: Iterable[float], digits: int = 2) -> str:
     return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
 
-def adam_beats_sgd() -> str:
+def adam_beats_sgd(recipes: Iterable[str] = RECIPES) -> str:
     accuracy = last("test_acc")
     pairs = [
         (mean(recipe, (network, "adam+sam"), accuracy), mean(recipe, (network, "sgd+sam"), accuracy))
-        for recipe in RECIPES
+        for recipe in recipes
         for network in NETWORKS
     ]
     return IN_WORDS[sum(a > b for a, b in pairs)]
@@ -142,6 +152,14 @@ class Large:
     def mean(self, optimizer: str, key: str) -> float:
         return mean("large", (self.network, optimizer), last(key))
 
+    def ahead(self, base: str) -> float:
+        """Momentum-SAM's held-out accuracy in the last epoch but one, less the base's, in percentage points."""
+        plain, msam = (
+            mean("large", (self.network, name), lambda _, r: 100 * r.metrics[-2]["val_acc"])
+            for name in (base, f"{base}+msam")
+        )
+        return msam - plain
+
     def reach(self, optimizer: str) -> float | None:
         return study.reach(study.ratios(HELD["large"], RUNS["large"][self.network, optimizer]))
 
@@ -180,18 +198,12 @@ READ_NOISE = {dataset: read_runs(RESULTS / f"noise-{dataset}") for dataset in ("
 NOISE = {dataset: noise.cells_of([r for r in runs if not r.in_grid]) for dataset, runs in READ_NOISE.items()}
 
 
-def interval(plain: dict[int, float], other: dict[int, float]) -> tuple[float, float]:
-    """Of other - plain, paired by seed, in percentage points."""
-    low, high = map(float, noise.gain(plain, other).split(" to "))
-    return low, high
-
-
 def wrong_labels(dataset: str, base: str, part: int, method: str, at: str = "last") -> tuple[float, float]:
     """The interval of what ``method`` adds to the test accuracy, after the last epoch or in the best one."""
     plain, other = (NOISE[dataset][base, part, name] for name in ("base", method))
     if at == "best":
-        return interval(plain.best(), other.best())
-    return interval(plain.last("test_acc"), other.last("test_acc"))
+        return noise.interval(plain.best(), other.best())
+    return noise.interval(plain.last("test_acc"), other.last("test_acc"))
 
 
 def size(dataset: str, base: str, part: int, method: str, at: str = "last") -> str:
@@ -204,7 +216,7 @@ def size(dataset: str, base: str, part: int, method: str, at: str = "last") -> s
 def above_early_stopping(base: str) -> tuple[float, float]:
     """The interval of SAM's last epoch, in the second half, less the base's best one: CIFAR-10, 40 % wrong."""
     plain, late = (NOISE["cifar10"][base, 40, method] for method in ("base", "late"))
-    return interval(plain.best(), late.last("test_acc"))
+    return noise.interval(plain.best(), late.last("test_acc"))
 
 
 def of_sgd(method: str, key: str, epoch: int = -1) -> float:
@@ -224,43 +236,80 @@ def passes(name: str) -> str:
 
 
 [DEMO_MEMORISED] = re.findall(r"gives back (\d+)% of the wrong labels", (RESULTS / "demo" / "demo.md").read_text())
-SGD_STOPPED = f"{100 * statistics.mean(NOISE['cifar10']['sgd', 40, 'base'].best().values()):.1f} %"
+
+
+def stopped(method: str) -> str:
+    """SGD's test accuracy in the best epoch by validation: CIFAR-10, 40 % wrong."""
+    return f"{100 * statistics.mean(NOISE['cifar10']['sgd', 40, method].best().values()):.1f} %"
+
+
+def memorised_more(method: str) -> str:
+    """By how many points than SGD alone: CIFAR-10, 40 % wrong."""
+    plain, other = (NOISE["cifar10"]["sgd", 40, name].last("memorised") for name in ("base", method))
+    return span(noise.interval(plain, other), 1)
+
+
+def hours(recipe: str) -> str:
+    return f"{sum(m['seconds'] for r in READ[recipe] for m in r.metrics) / 3600:.1f}"
+
+
+SGD_STOPPED, MSAM_STOPPED = stopped("base"), stopped("msam")
 LATE_TIME = noise.time_ratio(*(NOISE["cifar10"]["sgd", 40, method].seconds() for method in ("base", "late")))
 
 
+ALL = IN_WORDS[len(comparisons(RECIPES))]
+RHOS = {
+    method: [
+        r.settings["rho"] for (_, name), runs in RUNS["large"].items() for r in runs if name.endswith("+" + method)
+    ]
+    for method in ("sam", "msam")
+}
 KINDS = ("first_order", "realised", "average")
 FLATTEST = {
     kind: mean("large", ("resnet18", "adam+msam"), measured(kind)) / mean("large", ("resnet18", "adam"), measured(kind))
     for kind in KINDS
 }
 WITH_SAM = ("sgd", "sgd+sam"), ("adam", "adam+sam")
-EQUAL = at_equal_loss(*WITH_SAM)
+EQUAL = [
+    ratio
+    for recipe, network, base in comparisons(RECIPES)
+    for ratio in at_equal_loss((base, f"{base}+sam"), recipes=[recipe], networks=[network])
+]
 CLAIMS = {
     "docs/reproduction.md": [
         f"training records in the last epoch is lower with SAM in all {lower(recorded)} comparisons",
         f"Adam + SAM is more accurate than SGD + SAM in all {adam_beats_sgd()}",
-        f"{lower(last('test_acc')).capitalize()} of the twelve differences are negative",
+        f"{lower(last('test_acc')).capitalize()} of the {ALL} differences are negative",
         f"and {intervals_without_0()[0]} of their intervals exclude 0, all of SGD",
-        f"SAM lowers the test loss in {lower(last('test_loss'))} of twelve, all",
+        f"SAM lowers the test loss in {lower(last('test_loss'))} of {ALL}, all",
         f"all {lower(last('test_loss'), ['fair'])} of `fair` among them",
         f"higher training loss, in all {IN_WORDS[sum(x > 0 for x in differences(last('train_loss')))]}",
         f"{MSAM_GAINS} in all four comparisons".replace("gains", "gains**"),
+        f"lower with SAM in {lower(recorded, ['large'])} of the four comparisons, and Adam + SAM is more accurate than "
+        f"SGD + SAM for {adam_beats_sgd(['large'])} of the two",
+        f"in epoch 29, before it, by {of_both(lambda net, base: net.ahead(base))} points",
+        f"`paper-text`'s 24 runs took {hours('paper-text')} hours, `paper-code`'s 24 took {hours('paper-code')}, and "
+        f"`fair`'s 48 took {hours('fair')}",
         f"It lowers the test loss in all {lowered('test_loss')}, and the training loss in {lowered('train_loss')}.",
         f"It is {of_both(lambda net, base: -net.gain(f'{base}+sam'))} points below its base in all four comparisons",
         f"loses {of_both(lambda net, base: net.loss_at(base, 0.05), 0)} points of the held-out images",
         f"for {of_both(lambda net, base: 100 * net.mean(base, 'train_acc'), 0)} % of their",
     ],
     "README.md": [
-        f"with ResNet-18 it takes {passes('FusedSAM')} passes' time, and {passes('pytorch_optimizer SAM')} with",
-        f"FusedMSAM's takes {passes('FusedMSAM')} (",
+        f"with ResNet-18 of width 16 it takes {passes('FusedSAM')} passes' time",
+        f"passes' time, and {passes('pytorch_optimizer SAM')} with pytorch_optimizer",
+        f"FusedMSAM's takes {passes('FusedMSAM')} (AMD EPYC",
         f"Adam at learning rate {demo.SETTING['lr']:g}, SAM at rho {demo.RHO:g}; one run",
         f"{MSAM_GAINS} in all four comparisons with 10,000 images",
-        f"the sharpness that training records is lower with SAM in all {lower(recorded)} comparisons",
-        f"SGD + SAM in all {adam_beats_sgd()}",
+        f"the sharpness that training records is lower with SAM in all {lower(recorded)} comparisons with 1,000",
+        f"and {lower(recorded, ['large'])} of four with 10,000",
+        f"SGD + SAM in all {adam_beats_sgd()}, and {adam_beats_sgd(['large'])} of two",
+        f"chooses a rho of {min(RHOS['sam'])} to {max(RHOS['sam'])}",
         f"SGD ends at {of_sgd('base', 'test_acc'):.1f} % accuracy on the clean test images, with",
         f"{of_sgd('base', 'memorised'):.0f} % of the wrong labels memorised. With SAM in the second half",
         f"in {float(LATE_TIME):.1f} times the time, it ends at {of_sgd('late', 'test_acc'):.1f} %, with",
-        f"{of_sgd('late', 'memorised'):.0f} % memorised. SGD stopped in its best epoch has {SGD_STOPPED}.",
+        f"{of_sgd('late', 'memorised'):.0f} % memorised. Stopped in their best epochs, SGD has {SGD_STOPPED} and "
+        f"Momentum-SAM {MSAM_STOPPED}.",
     ],
     "docs/choosing.md": [
         f"here in all {IN_WORDS[sum(x > 0 for x in differences(last('train_loss')))]} comparisons",
@@ -281,6 +330,12 @@ CLAIMS = {
         f"{rho_of('adam', 'late'):g}.",
         f"best epoch it is {size('cifar10', 'sgd', 40, 'msam', 'best')} points above the base's best",
         f"Momentum-SAM {MSAM_GAINS} [with 10,000]",
+        f"Momentum-SAM gains {size('digits', 'adam', 20, 'msam', 'best')} points with 20 % wrong",
+        f"ASAM loses {size('digits', 'sgd', 40, 'asam')}.",
+        f"the base gains {size('digits', 'sgd', 40, 'decay', 'best')} by the weight decay that is chosen, and "
+        f"{size('digits', 'sgd', 40, 'long', 'best')} by twice",
+        f"Around SGD it memorises {memorised_more('msam')} points more than the base",
+        f"above the base's best, at {MSAM_STOPPED}: as much",
     ],
     "docs/sharpness.md": [
         f"the realised and the average sharpness in all {lower(measured('realised'))} comparisons",
@@ -329,14 +384,34 @@ def test_the_exception_with_10_000_images():
 
 def test_the_chosen_rhos_with_10_000_images():
     """ "a tenth of the usual 0.05 or less"; of Momentum-SAM, "0.05 to 0.5"."""
-    rhos = {
-        method: [
-            r.settings["rho"] for net in BOTH for base in BASES for r in RUNS["large"][net.network, f"{base}+{method}"]
-        ]
-        for method in ("sam", "msam")
-    }
-    assert max(rhos["sam"]) == 0.005
-    assert (min(rhos["msam"]), max(rhos["msam"])) == (0.05, 0.5)
+    assert max(RHOS["sam"]) == 0.005
+    assert (min(RHOS["msam"]), max(RHOS["msam"])) == (0.05, 0.5)
+
+
+def test_the_choice_at_the_edge_of_its_grid():
+    """ "0.0005, the lowest that was tried, and the plain base is better than SAM at every rho"."""
+    grid = [r for r in READ["large"] if r.in_grid and r.cell == ("resnet18", "sgd+sam")]
+    assert RUNS["large"]["resnet18", "sgd+sam"][0].settings["rho"] == min(r.settings["rho"] for r in grid) == 0.0005
+    assert all(RESNET18.loss_at("sgd", r.settings["rho"]) > 0 for r in grid)
+
+
+def test_the_machines_of_the_runs_with_10_000_images():
+    def cpus(network: str, in_grid: bool) -> list[str]:
+        runs = [r for r in READ["large"] if r.settings["arch"] == network and r.in_grid == in_grid]
+        return [r.environment["cpu"] for r in runs]
+
+    assert {*cpus("resnet18", True), *cpus("resnet18", False)} == {"AMD EPYC"}
+    assert not any("AMD" in cpu for cpu in cpus("vgg16", False))
+    assert (cpus("vgg16", True).count("AMD EPYC"), len(cpus("vgg16", True))) == (17, 28)
+
+
+def test_weight_decays_that_are_chosen():
+    """ "the base has 0.0005; in four of the eight columns the validation images choose less"."""
+    cells = [cell for (_, _, method), cell in NOISE["digits"].items() if method == "decay"]
+    chosen = [cell.runs[0].settings["weight_decay"] for cell in cells]
+    assert (len(chosen), sum(decay < 0.0005 for decay in chosen)) == (8, 4)
+    plain = [cell for (_, _, method), cell in NOISE["digits"].items() if method == "base"]
+    assert {r.settings["weight_decay"] for cell in plain for r in cell.runs.values()} == {0.0005}
 
 
 def test_what_excludes_0_with_wrong_labels():
@@ -349,6 +424,14 @@ def test_what_excludes_0_with_wrong_labels():
     assert {cell for cell, (low, high) in gains.items() if high < 0} == set()
     low, high = above_early_stopping("adam")
     assert low < 0 < high
+
+
+def test_momentum_sam_s_best_epoch_with_wrong_labels():
+    """ "in a third of the epochs" """
+    runs = NOISE["cifar10"]["sgd", 40, "msam"].runs.values()
+    best = [max(r.metrics, key=lambda m: m["val_acc"])["epoch"] for r in runs]
+    assert sorted(best) == [10, 11, 11]
+    assert {len(r.metrics) for r in runs} == {30}
 
 
 def test_a_large_rho_from_the_start_does_not_train():

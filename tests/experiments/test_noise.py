@@ -80,6 +80,7 @@ def test_gain_is_the_paired_t_interval():
     interval = ttest_rel([0.63, 0.66, 0.7], [0.5, 0.61, 0.58]).confidence_interval(0.95)
     assert noise.gain(base, other) == f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
     assert noise.gain(base, {0: 0.7}) == "-"  # one pair has no interval
+    assert noise.gain({0: 0.5, 1: 0.6}, {0: 0.5003, 1: 0.6003}) == "+0.03 to +0.03"
 
 
 @pytest.mark.slow
