@@ -101,7 +101,8 @@ def architectures(home: Path) -> str:
 
 def cuda_extension(home: Path, version: tuple[int, int]):
     os.environ["CUDA_HOME"] = str(home)
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(home))
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(home)
     print(f"sam_fused: CUDA kernels for {os.environ['TORCH_CUDA_ARCH_LIST']}, by {home}", file=sys.stderr)
     from torch.utils.cpp_extension import CUDAExtension  # reads CUDA_HOME
 

@@ -148,8 +148,9 @@ Tensor grad_sq_norm(Kept& rows, py::handle grads, const Tensor& ascent) {
   return without_gil([&] { return sam::grad_sq_norm(rows.rows(), g, ascent); });
 }
 
-Tensor sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Scalar& total, const Scalar& grad_scale) {
-  return without_gil([&] { return sam::sharpness_(sq_norms, ascent, total, grad_scale); });
+void sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Tensor& out, const Scalar& total,
+                const Scalar& grad_scale) {
+  without_gil([&] { sam::sharpness_(sq_norms, ascent, out, total, grad_scale); });
 }
 
 void perturb_(Kept& rows, py::handle grads, const Tensor& grad_norm, const Tensor& ascent, const py::object& hook) {
@@ -290,7 +291,7 @@ PYBIND11_MODULE(_C, m) {
            "base"_a = "", "state"_a = py::list(), "steps"_a = py::list())
       .def_property_readonly("lasting", [](Kept& kept) { return kept.rows().lasting(); });
   def("grad_sq_norm", grad_sq_norm, "rows"_a, "grads"_a, "ascent"_a);
-  def("sharpness_", sharpness_, "sq_norms"_a, "ascent"_a, none("total"), none("grad_scale"));
+  def("sharpness_", sharpness_, "sq_norms"_a, "ascent"_a, "out"_a, none("total"), none("grad_scale"));
   def("perturb_", perturb_, "rows"_a, "grads"_a, "grad_norm"_a, "ascent"_a, none("hook"));
   def("perturb_from_", perturb_from_, "rows"_a, "directions"_a, "norm"_a, "ascent"_a);
   def("restore_", restore_, "rows"_a);

@@ -46,7 +46,7 @@ class Target {
   }
 
   c10::DeviceGuard guard_;
-  std::deque<Tensor> scratch_;
+  mutable std::deque<Tensor> scratch_;
 };
 
 // ---- checks; each message names the argument, what was expected and what came ----
@@ -115,17 +115,18 @@ Tensor grad_sq_norm(Rows& rows, const Reads& grads, const Tensor& ascent) {
   return out;
 }
 
-Tensor sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Scalar& total, const Scalar& grad_scale) {
+void sharpness_(const Tensor& sq_norms, const Tensor& ascent, const Tensor& out, const Scalar& total,
+                const Scalar& grad_scale) {
   const int64_t n = sq_norms.numel();
   const double* squares = check_doubles(sq_norms, "sq_norms", n, sq_norms.device());
   const Ascent* groups = check_ascent(ascent, n);
+  double* const numbers = check_doubles(out, "out", 3, sq_norms.device());
   double* const sum = total ? check_doubles(*total, "total", 2, sq_norms.device()) : nullptr;
   const float* scale = check_scalar(grad_scale, "grad_scale", sq_norms.device());
-  Tensor out = at::empty({3}, sq_norms.options());
   const Target on(sq_norms);
-  on.backend.sharpness(on.queue, squares, groups, n, scale, sum, out.data_ptr<double>());
+  on.backend.sharpness(on.queue, squares, groups, n, scale, sum, numbers);
+  bump_versions({&out});
   if (total) bump_versions({&*total});
-  return out;
 }
 
 void perturb_(Rows& rows, const Reads& grads, const Tensor& grad_norm, const Tensor& ascent, const Hook& begin) {
@@ -276,7 +277,9 @@ Tensor step_along_(c10::string_view base, const Tensors& params, const Tensors& 
 TORCH_LIBRARY(sam_fused, m) {
   m.set_python_module("sam_fused.fakes");  // where the kernels for tracing are
   m.def("grad_sq_norm(Tensor[] params, Tensor[] grads, Tensor ascent, int[] run_sizes) -> Tensor");
-  m.def("sharpness_(Tensor sq_norms, Tensor ascent, Tensor(a!)? total=None, Tensor? grad_scale=None) -> Tensor");
+  m.def(
+      "sharpness_(Tensor sq_norms, Tensor ascent, Tensor(a!) out, Tensor(b!)? total=None, "
+      "Tensor? grad_scale=None) -> ()");
   m.def(
       "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backups, Tensor grad_norm, Tensor ascent, "
       "int[] run_sizes) -> ()");

@@ -16,11 +16,11 @@ using Hook = std::function<void()>;
 // Squared norms ||T g||^2 of the groups, float64 [groups]. `ascent` is float64 [groups, 3]: rho, eta, adaptive.
 at::Tensor grad_sq_norm(Rows&, const Reads& grads, const at::Tensor& ascent);
 
-// {grad_norm, sharpness, norm}, float64 [3]: the first two divided by `grad_scale` (float32, one element) if it is
-// given, the last of the gradients as they are. A finite sharpness is added to `total`, float64 {sum, count}, if that
-// is given.
-at::Tensor sharpness_(const at::Tensor& sq_norms, const at::Tensor& ascent, const Scalar& total,
-                      const Scalar& grad_scale);
+// Writes {grad_norm, sharpness, norm} to `out`, float64 [3]: the first two divided by `grad_scale` (float32, one
+// element) if it is given, the last of the gradients as they are. A finite sharpness is added to `total`, float64 {sum,
+// count}, if that is given.
+void sharpness_(const at::Tensor& sq_norms, const at::Tensor& ascent, const at::Tensor& out, const Scalar& total,
+                const Scalar& grad_scale);
 
 // Saves params to backups and adds rho T^2 g / grad_norm; only saves them where grad_norm is not finite. The hook comes
 // after the last check and before anything moves.

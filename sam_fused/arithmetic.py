@@ -41,16 +41,23 @@ class Arithmetic:
         """
         raise NotImplementedError
 
-    def measure(self, direction: Any, total: Tensor | None = None, grad_scale: Tensor | None = None) -> Tensor:
+    def measure(
+        self,
+        direction: Any,
+        out: Tensor | None = None,
+        total: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> Tensor:
         """The norm of a direction and, for gradients, the sharpness.
 
         Args:
             direction: what :meth:`gradients` or :meth:`momenta` has just returned.
+            out: float64 [3]; where the result is written, on the device of ``total``.
             total: float64 [2]; a finite sharpness is added to its sum and its count.
             grad_scale: what a scaler has multiplied the gradients by: float32, one element.
 
         Returns:
-            Float64 [3]: norm and sharpness divided by ``grad_scale``, and the undivided norm.
+            ``out``, or a tensor like it: norm and sharpness divided by ``grad_scale``, and the undivided norm.
         """
         raise NotImplementedError
 

@@ -19,12 +19,6 @@ def _grad_sq_norm(params: list[Tensor], grads: list[Tensor], ascent: Tensor, run
     return params[0].new_empty(len(run_sizes), dtype=torch.float64)
 
 
-def _sharpness_(
-    sq_norms: Tensor, ascent: Tensor, total: Tensor | None = None, grad_scale: Tensor | None = None
-) -> Tensor:
-    return sq_norms.new_empty(3)
-
-
 def _step_along_(
     base: str,
     params: list[Tensor],
@@ -47,7 +41,6 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 register_fake("sam_fused::grad_sq_norm", _grad_sq_norm)
-register_fake("sam_fused::sharpness_", _sharpness_)
 register_fake("sam_fused::step_along_", _step_along_)
-for _name in ("perturb_", "perturb_from_", "restore_", "restore_step_"):
+for _name in ("sharpness_", "perturb_", "perturb_from_", "restore_", "restore_step_"):
     register_fake(f"sam_fused::{_name}", _nothing)

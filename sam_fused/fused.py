@@ -133,12 +133,18 @@ class Fused(Arithmetic):
             for bucket in buckets.values()
         ]
 
-    def measure(self, direction: Any, total: Tensor | None = None, grad_scale: Tensor | None = None) -> Tensor:
+    def measure(
+        self,
+        direction: Any,
+        out: Tensor | None = None,
+        total: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> Tensor:
         squares = [
             sum_over_shards(_C.grad_sq_norm(bucket.rows_for_perturb(), tensors, ascent), bucket.placement)
             for bucket, tensors, ascent in direction
         ]
-        return _norm(squares, [ascent for *_, ascent in direction], total, grad_scale)
+        return _norm(squares, [ascent for *_, ascent in direction], out, total, grad_scale)
 
     def perturb(self, direction: Any, measured: Tensor) -> None:
         record = self.record = []
@@ -233,15 +239,23 @@ class Fused(Arithmetic):
 
 
 def _norm(
-    squares: list[Tensor], ascents: list[Tensor], total: Tensor | None = None, grad_scale: Tensor | None = None
+    squares: list[Tensor],
+    ascents: list[Tensor],
+    out: Tensor | None = None,
+    total: Tensor | None = None,
+    grad_scale: Tensor | None = None,
 ) -> Tensor:
     """What :meth:`Arithmetic.measure` returns, from the squared norms of each call and the rows that they belong to."""
-    if len(squares) == 1 and (total is None or squares[0].device == total.device):
-        return _C.sharpness_(squares[0], ascents[0], total, grad_scale)
     device = total.device if total is not None else squares[0].device if squares else torch.device("cpu")
-    sq_norms = torch.cat([torch.empty(0, dtype=torch.float64, device=device), *(sq.to(device) for sq in squares)])
-    ascent = torch.cat([torch.empty(0, 3, dtype=torch.float64, device="cpu"), *ascents])
-    return _C.sharpness_(sq_norms, ascent, total, grad_scale)
+    if len(squares) == 1 and squares[0].device == device:
+        [sq_norms], [ascent] = squares, ascents
+    else:
+        sq_norms = torch.cat([torch.empty(0, dtype=torch.float64, device=device), *(sq.to(device) for sq in squares)])
+        ascent = torch.cat([torch.empty(0, 3, dtype=torch.float64, device="cpu"), *ascents])
+    if out is None:
+        out = torch.empty(3, dtype=torch.float64, device=device)
+    _C.sharpness_(sq_norms, ascent, out, total, grad_scale)
+    return out
 
 
 def _gradient_row(group: Group) -> tuple[float, ...]:

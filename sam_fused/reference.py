@@ -154,7 +154,13 @@ class Reference(Arithmetic):
         moments = [(group, p, moment_of(self.base.state.get(p, {}))) for group, p in ascent]
         return [(-float(group["rho"]), group, p, m) for group, p, m in moments if m is not None]
 
-    def measure(self, direction: Any, total: Tensor | None = None, grad_scale: Tensor | None = None) -> Tensor:
+    def measure(
+        self,
+        direction: Any,
+        out: Tensor | None = None,
+        total: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> Tensor:
         device = direction[0][2].device if direction else torch.device("cpu")
         device = device if total is None else total.device
         squares = [
@@ -170,7 +176,7 @@ class Reference(Arithmetic):
             values[:NORM] /= grad_scale
         if total is not None and sharpness.isfinite():
             total += torch.stack([values[1], torch.ones_like(sharpness)])
-        return values
+        return values if out is None else out.copy_(values)
 
     def perturb(self, direction: Any, measured: Tensor) -> None:
         norm = measured[NORM].item()

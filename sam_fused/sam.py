@@ -130,11 +130,10 @@ class SAM(Around):
             self._measured = torch.empty_like(self._measured, device=device)
         direction = self._arithmetic.gradients()
         scale = amp.scale_of_gradients(self.scaler, self, device)
-        measured = self._arithmetic.measure(direction, self._total, scale)
-        self._measured.copy_(measured)
+        self._arithmetic.measure(direction, self._measured, self._total, scale)
         self._warned_or_ascended = True
         if perturb:
-            self._arithmetic.perturb(direction, measured)
+            self._arithmetic.perturb(direction, self._measured)
             self._moved()
             if self.model is not None:
                 self._statistics.freeze(self.model)

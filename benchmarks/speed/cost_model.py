@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import pytorch_optimizer
 import torch
 from torch import nn
 from torch.optim import optimizer
@@ -140,6 +139,8 @@ def main() -> None:
     p.add_argument("--launch-us", type=float, default=3.0, help="of the host, a kernel launch")
     p.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     args = p.parse_args()
+    import pytorch_optimizer
+
     # What a rival does with a GPU's tensors, it is to do with those that stand for them.
     optimizer._get_fused_kernels_supported_devices = lambda: ["meta"]
     pytorch_optimizer.SAM.can_use_foreach = staticmethod(lambda *args, **kwargs: True)

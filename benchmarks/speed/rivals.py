@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pytorch_optimizer
 import torch
 from torch import nn
 
@@ -60,12 +59,16 @@ class ForeachSAM:
         self.base.step()
 
 
+def pytorch_optimizer_sam(params: list[nn.Parameter], base: type, adaptive: bool, **options: Any) -> Any:
+    import pytorch_optimizer  # which the checks on a GPU do without
+
+    return pytorch_optimizer.SAM(params, base, rho=RHO, adaptive=adaptive, **options)
+
+
 #: Those with first_step and second_step; label: make(params, base class, adaptive, options of the base)
 RIVALS: dict[str, Callable[..., Any]] = {
-    "pytorch_optimizer SAM": lambda p, b, a, **o: pytorch_optimizer.SAM(p, b, rho=RHO, adaptive=a, **o),
-    "pytorch_optimizer SAM, fused=True": lambda p, b, a, **o: pytorch_optimizer.SAM(
-        p, b, rho=RHO, adaptive=a, fused=True, **o
-    ),
+    "pytorch_optimizer SAM": pytorch_optimizer_sam,
+    "pytorch_optimizer SAM, fused=True": partial(pytorch_optimizer_sam, fused=True),
     "foreach + fused base": ForeachSAM,
     "FusedSAM": lambda p, b, a, **o: FusedSAM(p, b, rho=RHO, adaptive=a, **o),
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -118,6 +119,8 @@ def where(device: torch.device) -> str:
 
 
 def commit() -> str:
+    if not shutil.which("git"):
+        return ""
     done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return f", commit {done.stdout.strip()}" if done.returncode == 0 else ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import pytest
@@ -172,7 +173,7 @@ def test_measurements_stay_where_a_graph_writes_them():
 
 
 @pytest.mark.parametrize(
-    ("lr", "warns"), [(0.0, False), (torch.tensor(0.0), False), (torch.tensor(0.0, device="meta"), True)]
+    ("lr", "warns"), [(0.0, False), (torch.tensor(0.0, device="cpu"), False), (torch.tensor(0.0, device="meta"), True)]
 )
 def test_a_learning_rate_on_another_device_is_not_read(lr, warns):
     """To know whether to warn; "meta" stands for a GPU, which would be waited for."""
@@ -200,6 +201,28 @@ def test_no_step_reads_a_value(base):
     opt, scaler = with_scaler(params, base)
     with NothingWaits():
         steps_of_every_kind(opt, scaler)
+
+
+class NothingIsCopied(TorchDispatchMode):
+    """On a GPU each would be a memcpy or a kernel beside the extension's own."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if not (name in ("aten::empty", "aten::detach") or name.startswith("profiler::") or func.is_view):
+            raise AssertionError(f"{name} in a step")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_a_step_calls_no_kernel_but_the_extension_s(base):
+    params = [torch.nn.Parameter(torch.ones(5, 3)), torch.nn.Parameter(torch.ones(40))]
+    opt = FusedSAM(params, base, lr=0.1)
+    for step in range(3):
+        set_grads(params, step)
+        with NothingIsCopied() if step else contextlib.nullcontext():  # the first makes backups and state
+            opt.first_step()
+            opt.second_step()
+            opt.measure_sharpness()
 
 
 def test_no_step_in_one_pass_reads_a_value():

@@ -40,7 +40,8 @@ def arguments(op, base="adam", dtype=torch.float32, sizes=(5, 3)):
     if op == "grad_sq_norm":
         return common
     if op == "sharpness_":
-        return {"sq_norms": there(4.0, 5.0), "ascent": common["ascent"], "total": there(0.0, 0.0)}
+        out = there(0.0, 0.0, 0.0)
+        return {"sq_norms": there(4.0, 5.0), "ascent": common["ascent"], "out": out, "total": there(0.0, 0.0)}
     backups = make(dtype, sizes, 3)
     if op == "perturb_":
         norm = there(3.0)[0]
@@ -115,7 +116,7 @@ MUTATED = {
     "perturb_": ("params", "backups"),
     "perturb_from_": ("params",),
     "restore_": ("params",),
-    "sharpness_": ("total",),
+    "sharpness_": ("out", "total"),
 }
 
 
@@ -369,6 +370,8 @@ ERRORS = [
      r"ascent: expected shape \[2, 3\], got \[1, 3\]"),
     ("grad_sq_norm", change(ascent=torch.ones(2, 3)), RuntimeError,
      r"ascent: expected a contiguous float64 tensor on the CPU, got Float"),
+    ("sharpness_", change(out=there(0.0)), RuntimeError,
+     r"out: expected 3 contiguous float64 elements"),
     ("sharpness_", change(total=there(0.0)), RuntimeError,
      r"total: expected 2 contiguous float64 elements"),
     ("perturb_", change(backups=[torch.ones(5), torch.ones(3).half()]), TypeError,

@@ -24,7 +24,8 @@ ops = torch.ops.sam_fused
 
 def operators(params, grads, backups, state, steps, ascent, total, hyper):
     sq = ops.grad_sq_norm(params, grads, ascent, [1, 1])
-    measured = ops.sharpness_(sq, ascent, total)
+    measured = torch.empty_like(total[:1].expand(3))
+    ops.sharpness_(sq, ascent, measured, total)
     norm = measured.select(0, 2)  # [2] would look for a fake's GPU, in torch 2.6
     ops.perturb_(params, grads, backups, norm, ascent, [1, 1])
     moved = [p.clone() for p in params]
