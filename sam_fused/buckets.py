@@ -78,17 +78,17 @@ class Bucket:
     def rows_for_restore_step(self) -> _C.Rows:
         """For restore_step_, which starts from the backup where there is one, and from the parameter elsewhere."""
         return self._kept(
-            "update", lambda: _C.Rows(self._local_params(), self.sizes, saved=self.backups, **self._state())
+            "restore_step", lambda: _C.Rows(self._local_params(), self.sizes, saved=self.backups, **self._state())
         )
 
     def rows_for_step_along(self) -> _C.Rows:
         """For step_along_, which updates the backups themselves; there is one for each parameter."""
         backups = cast("list[Tensor]", self.backups)
-        return self._kept("advance", lambda: _C.Rows(backups, self.sizes, **self._state()))
+        return self._kept("step_along", lambda: _C.Rows(backups, self.sizes, **self._state()))
 
     def rows_for_perturb_from(self) -> _C.Rows:
         """For perturb_from_, which moves the parameters to where the backups are, and on by the perturbation."""
-        return self._kept("follow", lambda: _C.Rows(self._local_params(), self.sizes, saved=self.backups))
+        return self._kept("perturb_from", lambda: _C.Rows(self._local_params(), self.sizes, saved=self.backups))
 
     def _state(self) -> dict[str, Any]:
         assert self.update is not None

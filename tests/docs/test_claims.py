@@ -12,9 +12,11 @@ import pytest
 from benchmarks.paper import demo, noise
 from benchmarks.paper import sharpness_study as study
 from benchmarks.paper.runs import NETWORKS, Result, by_cell, read_runs
+from sam_fused.sharpness import KINDS
 from tests.docs.tables import RECIPES, RESULTS, cells_of, ratio, read
 from tests.helpers.paths import ROOT
 
+BASES = ("sgd", "adam")
 SWEEPS = {**{recipe: f"cpu-{recipe}" for recipe in RECIPES}, "large": "large-fair"}
 READ = {recipe: read_runs(RESULTS / sweep) for recipe, sweep in SWEEPS.items()}
 RUNS = {recipe: by_cell(r for r in runs if not r.in_grid) for recipe, runs in READ.items()}
@@ -46,7 +48,7 @@ def comparisons(recipes: Iterable[str]) -> list[tuple[str, str, str]]:
     found: dict[str, tuple[str, str, str]] = {}
     for recipe in recipes:
         for network in NETWORKS:
-            for base in ("sgd", "adam"):
+            for base in BASES:
                 runs = [r for name in (base, f"{base}+sam") for r in RUNS[recipe][network, name]]
                 losses = json.dumps([[m["train_loss"] for m in r.metrics] for r in runs])
                 found.setdefault(losses, (recipe, network, base))
@@ -179,7 +181,6 @@ class Large:
 
 VGG16, RESNET18 = Large("vgg16"), Large("resnet18")
 BOTH = (VGG16, RESNET18)
-BASES = ("sgd", "adam")
 
 
 def of_both(value: Callable[[Large, str], float], digits: int = 1) -> str:
@@ -264,7 +265,6 @@ RHOS = {
     ]
     for method in ("sam", "msam")
 }
-KINDS = ("first_order", "realised", "average")
 FLATTEST = {
     kind: mean("large", ("resnet18", "adam+msam"), measured(kind)) / mean("large", ("resnet18", "adam"), measured(kind))
     for kind in KINDS
@@ -287,7 +287,7 @@ CLAIMS = {
         f"{MSAM_GAINS} in all four comparisons".replace("gains", "gains**"),
         f"lower with SAM in {lower(recorded, ['large'])} of the four comparisons, and Adam + SAM is more accurate than "
         f"SGD + SAM for {adam_beats_sgd(['large'])} of the two",
-        f"in epoch 29, before it, by {of_both(lambda net, base: net.ahead(base))} points",
+        f"in epoch 29, before it, by {of_both(Large.ahead)} points",
         f"`paper-text`'s 24 runs took {hours('paper-text')} hours, `paper-code`'s 24 took {hours('paper-code')}, and "
         f"`fair`'s 48 took {hours('fair')}",
         f"It lowers the test loss in all {lowered('test_loss')}, and the training loss in {lowered('train_loss')}.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -614,7 +613,7 @@ def test_a_run_that_diverges_says_so(rho, tmp_path, capsys):
     """Also where only the last batches of the last epoch do."""
     out = tmp_path / "run"
     assert train.main([*TINY, "--epochs", "1", "--base", "sgd", "--rho", rho, "--lr", "1e20", "--out", str(out)]) == 1
-    assert re.search("the training loss is (nan|inf)", capsys.readouterr().err)
+    assert "the training loss is nan" in capsys.readouterr().err
     assert not (out / "checkpoint.pt").exists()
 
 

@@ -47,6 +47,14 @@ def train(model: nn.Module, opt: torch.optim.Optimizer, steps: range) -> None:
         opt.step()
 
 
+def trained(cls: type, steps: int, hooked: bool = False) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    """A network after ``steps`` steps around Adam, whose weights are perturbed; ``hooked``: with ``model=``."""
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model if hooked else None)
+    train(model, opt, range(steps))
+    return model, opt
+
+
 def values(model: nn.Module) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
@@ -202,9 +210,7 @@ def test_a_closure_is_called_once_at_the_perturbed_weights(cls):
 
 @both
 def test_a_closure_that_raises_changes_nothing(cls):
-    model = network()
-    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
-    train(model, opt, range(3))
+    model, opt = trained(cls, 3)
     before = values(model)
 
     def closure():
@@ -248,9 +254,7 @@ def test_a_base_that_fails_leaves_the_clean_weights(cls):
 
 @both
 def test_no_step_after_eval(cls):
-    model = network()
-    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
-    train(model, opt, range(2))
+    model, opt = trained(cls, 2)
     opt.eval()
     clean = values(model)
     with pytest.raises(RuntimeError, match=r"step\(\) was called after eval\(\); call train\(\)"):
@@ -318,9 +322,7 @@ def test_weights_that_are_changed_while_they_are_perturbed(cls):
 @pytest.mark.parametrize("how", ["replaced", "vector_to_parameters"])
 def test_weights_whose_data_is_replaced_while_they_are_perturbed(cls, how):
     """As in a layer that keeps its norm below a bound. Autograd counts no change then."""
-    model = network()
-    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
-    train(model, opt, range(3))
+    model, opt = trained(cls, 3)
     opt.eval()
     clean = values(model)
     opt.train()
@@ -337,9 +339,7 @@ def test_weights_whose_data_is_replaced_while_they_are_perturbed(cls, how):
 
 @both
 def test_a_model_may_be_moved_while_it_is_perturbed(cls):
-    model = network()
-    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
-    train(model, opt, range(3))
+    model, opt = trained(cls, 3)
     opt.eval()
     clean = values(model)
     opt.train()
@@ -364,9 +364,7 @@ def test_what_it_does_not_have(cls):
 
 @both
 def test_the_model_shows_the_weights_that_are_wanted(cls):
-    model = network()
-    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
-    train(model, opt, range(3))
+    model, opt = trained(cls, 3, hooked=True)
     moved = values(model)
     opt.restore()
     clean = values(model)
@@ -395,9 +393,7 @@ def test_the_model_shows_the_weights_that_are_wanted(cls):
 
 @both
 def test_a_part_of_the_model_is_saved_and_loaded_at_the_clean_weights(cls):
-    model = network()
-    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
-    train(model, opt, range(2))
+    model, opt = trained(cls, 2, hooked=True)
     opt.restore()
     clean = values(model)
     backward(model, 2)
@@ -413,9 +409,7 @@ def test_a_part_of_the_model_is_saved_and_loaded_at_the_clean_weights(cls):
 @both
 def test_after_eval_the_weights_stay_clean_until_train(cls):
     """So another optimizer may go on with the model."""
-    model = network()
-    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
-    train(model, opt, range(2))
+    model, opt = trained(cls, 2, hooked=True)
     moved = values(model)
     opt.eval()
     clean = values(model)
@@ -438,9 +432,7 @@ def test_after_eval_the_weights_stay_clean_until_train(cls):
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_a_second_optimizer_of_the_same_parameters_takes_over(cls, evaluated):
     """As when a cell of a notebook runs again."""
-    model = network()
-    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
-    train(model, opt, range(2))
+    model, opt = trained(cls, 2, hooked=True)
     if evaluated:
         model.eval()
         model(batch(0)[0])
@@ -461,9 +453,7 @@ def test_a_second_optimizer_of_the_same_parameters_takes_over(cls, evaluated):
 
 @both
 def test_what_was_changed_since_is_not_taken_back_by_a_second_optimizer(cls):
-    model = network()
-    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
-    train(model, opt, range(2))
+    model, opt = trained(cls, 2, hooked=True)
     assert opt.perturbed
     for layer in (model[0], model[1], model[3]):
         layer.reset_parameters()
@@ -554,9 +544,7 @@ def test_with_and_without_a_model_are_the_same_training(cls):
 
 @both
 def test_a_copy_of_the_model_has_nothing_to_do_with_the_optimizer(cls):
-    model = network()
-    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
-    train(model, opt, range(2))
+    model, opt = trained(cls, 2, hooked=True)
     saved = io.BytesIO()
     torch.save(model, saved)
     saved.seek(0)
@@ -574,9 +562,7 @@ def test_a_copy_of_the_model_has_nothing_to_do_with_the_optimizer(cls):
 
 @both
 def test_saving_is_refused_while_perturbed(cls):
-    model = network()
-    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
-    train(model, opt, range(2))
+    model, opt = trained(cls, 2)
     actions = [opt.state_dict, lambda: pickle.dumps(opt), lambda: copy.copy(opt), lambda: copy.deepcopy(opt)]
     for action in actions:
         with pytest.raises(RuntimeError, match=r"while the weights are perturbed; call eval\(\) first"):
@@ -675,9 +661,7 @@ def test_checkpoints_go_both_ways(cls, base):
 
 @both
 def test_a_copy_trains_on_by_itself(cls):
-    model = network()
-    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
-    train(model, opt, range(2))
+    model, opt = trained(cls, 2, hooked=True)
     twin = copy.deepcopy(opt)  # the model goes with it
     saved = pickle.loads(pickle.dumps(opt))
     for other in (twin, saved):
@@ -761,7 +745,7 @@ def test_after_a_step_that_grad_scaler_saw_fail(cls, monkeypatch):
     """It leaves its marks on the optimizer; restore() wipes them off."""
     model = network()
     opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler = torch.amp.GradScaler(model[0].weight.device.type)
     scaler.scale(backward(model, 0).detach())
     with monkeypatch.context() as patch:
         patch.setattr(opt, "_advance", lambda: 1 / 0)
