@@ -62,6 +62,7 @@ class SAM(Around):
     def _set_up(self) -> None:
         super()._set_up()
         self._statistics = FrozenStatistics()
+        self._watched: tuple[Tensor, Tensor, int] | None = None
 
     # ---- steps ----
 
@@ -91,6 +92,8 @@ class SAM(Around):
                     stacklevel=4,  # above the two wrappers that torch puts around step
                 )
                 self._warned_or_ascended = True
+            if self._passes_add_up():
+                warnings.warn(_ADD_UP, stacklevel=4)
             self._descend()
             return None
         if amp.through_scaler(self):
@@ -110,6 +113,8 @@ class SAM(Around):
                 self.first_step()
             with torch.enable_grad():
                 last_loss = closure()
+            if self._passes_add_up():
+                warnings.warn(_ADD_UP, stacklevel=4)
             if self.scaler is None:
                 self._descend()
             else:
@@ -137,6 +142,19 @@ class SAM(Around):
             self._moved()
             if self.model is not None:
                 self._statistics.freeze(self.model)
+            self._watched = _small_gradient(self.param_groups)
+
+    @_disable_dynamo
+    def _passes_add_up(self) -> bool:
+        """Whether the second pass has added its gradients to those of the first, as far as one gradient shows.
+
+        Where the first ones are zeroed, the second are other tensors, or have been written to twice.
+        """
+        watched, self._watched = self._watched, None
+        if watched is None:
+            return False
+        p, grad, version = watched
+        return p.grad is grad and grad._version == version + 1
 
     @_disable_dynamo
     def _descend(self) -> None:
@@ -156,6 +174,7 @@ class SAM(Around):
     def _restore(self) -> None:
         super()._restore()
         self._statistics.thaw()
+        self._watched = None
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -237,6 +256,20 @@ class SAM(Around):
         if reset:
             self._total.zero_()
         return mean
+
+
+_ADD_UP = (
+    "the second pass added its gradients to the first pass's, which were not zeroed, so the update gets their sum. Call "
+    "zero_grad() in the closure, or first_step(zero_grad=True). To accumulate gradients over batches, let the closure "
+    "zero them once and go through all the batches"
+)
+
+
+def _small_gradient(groups: list[Group]) -> tuple[Tensor, Tensor, int] | None:
+    """A parameter, its gradient and how often that was written to; a small one, as whoever has it keeps it alive."""
+    params = (p for group in groups for p in group["params"])
+    found = ((p, p.grad) for p in params if p.grad is not None and p.numel() <= 2**16 and not p.grad.is_inference())
+    return next(((p, grad, grad._version) for p, grad in found), None)
 
 
 def _trains(group: Group) -> bool:

@@ -184,6 +184,12 @@ def test_lightning_accumulates_by_hand():
     assert_same(module.net, plain_loop(accumulate=3))
 
 
+def test_lightning_accumulating_by_itself_warns():
+    """Its closure knows the last batch only, and does not zero what the batches before it left."""
+    with pytest.warns(UserWarning, match="the second pass added its gradients to the first pass's"):
+        fit(Automatic(), accumulate_grad_batches=3)
+
+
 @pytest.mark.parametrize("cls", [AutomaticInTwoCalls, ManualInTwoCalls])
 def test_lightning_with_a_scaler(cls):
     """Float16 gradients are not float32 ones, so near is what is asked; SAM off ends far away."""

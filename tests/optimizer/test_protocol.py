@@ -117,6 +117,40 @@ def test_a_warning_where_sam_is_never_on(cls, recwarn):
 
 @both
 @pytest.mark.parametrize("closure_form", [True, False])
+def test_a_warning_where_the_passes_add_up(cls, closure_form, recwarn):
+    """A closure that does not zero its gradients, as under Lightning's accumulate_grad_batches."""
+
+    def warned(zero=None) -> list[tuple[str, str]]:
+        w = nn.Parameter(torch.ones(3))
+        opt = cls([w], torch.optim.SGD, lr=0.1)
+
+        def backward():
+            if zero is not None:
+                zero(opt)
+            (w**2).sum().backward()
+
+        for _ in range(2):
+            if closure_form:
+                opt.step(backward)
+            else:
+                backward()
+                opt.first_step()
+                backward()
+                opt.second_step()
+        return [(str(w.message), w.filename) for w in (recwarn.pop() for _ in range(len(recwarn)))]
+
+    message, file = warned()[0]
+    assert "the second pass added its gradients to the first pass's" in message
+    assert file == __file__ or not closure_form  # second_step calls step
+    assert warned(lambda opt: opt.zero_grad()) == []
+    assert warned(lambda opt: opt.zero_grad(set_to_none=False)) == []
+    opt = cls([nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1, rho=0.0)
+    opt.step(lambda: opt.param_groups[0]["params"][0].sum().backward())  # one pass, which may add to what is there
+    assert len(recwarn) == 0
+
+
+@both
+@pytest.mark.parametrize("closure_form", [True, False])
 def test_step_hooks(cls, closure_form):
     """Once a step, around the update; in step(closure) around both passes."""
     params = awkward(torch.float64)[:3]
