@@ -73,9 +73,8 @@ class Count(TorchDispatchMode):
         on_host = all(t.is_cpu for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor))
         if func.is_view or on_host or schema.name in ("aten::empty_like", "aten::empty", "aten::detach"):
             return out
-        given = list(zip((a.alias_info for a in schema.arguments), args, strict=False))
         if schema.name.startswith(("aten::_foreach", "aten::_fused")):
-            lists = [a for _, a in given if isinstance(a, list) and a and isinstance(a[0], torch.Tensor)]
+            lists = [a for a in args if isinstance(a, list) and a and isinstance(a[0], torch.Tensor)]
             made = [out] if isinstance(out, list) else []
             sizes = [t.numel() for t in lists[0]]
             depth = min(len(lists) + len(made), 5)
@@ -83,8 +82,10 @@ class Count(TorchDispatchMode):
             self.launches += max(math.ceil(len(sizes) / TENSORS[depth]), math.ceil(chunks / BLOCKS))
         else:
             self.launches += 1
-        for alias, value in given:
-            writes = alias is not None and alias.is_write
+        for argument, value in zip(schema.arguments, args, strict=False):
+            alias = argument.alias_info
+            # The schema lets a fused update write the gradients, which it does under a grad_scale alone.
+            writes = alias is not None and alias.is_write and argument.name != "grads"
             reads = not (writes and schema.name.endswith(("copy_", "zero_", "fill_")))
             for t in tree_leaves(value):
                 if isinstance(t, torch.Tensor):

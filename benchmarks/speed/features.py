@@ -489,7 +489,7 @@ PROBES: dict[str, Callable[[Library], str]] = {
     "an LR scheduler (OneCycleLR) on the optimizer itself": scheduler,
     "BatchNorm statistics move once per step": batchnorm,
     "channels_last weight, contiguous gradient": layouts,
-    "bfloat16 parameters, ResNet-18 at full width": bfloat16,
+    "bfloat16 parameters, ResNet-18, random gradients": bfloat16,
     "sharpness": sharpness,
     "no value read back to the host in a step": synchronisation,
     "operator calls per step, ResNet-18 + Adam": calls_a_step,
