@@ -11,15 +11,18 @@ from torch.optim import Optimizer
 ATTRIBUTES = ("grad_scale", "found_inf")
 
 
-def through_scaler(opt: Optimizer) -> bool:
-    """Whether GradScaler.step is calling the optimizer's step."""
-    return hasattr(opt, "found_inf")
-
-
 def forget(opt: Optimizer) -> None:
-    """Take away what GradScaler.step leaves behind where it raises."""
+    """Take away what GradScaler.step leaves behind where it raises: the next one would multiply its scale by it."""
     for name in ATTRIBUTES:
         opt.__dict__.pop(name, None)
+
+
+def check_no_closure(opt: Optimizer, instead: str) -> None:
+    """Raise RuntimeError if GradScaler.step has passed a closure on."""
+    if hasattr(opt, "found_inf"):
+        raise RuntimeError(
+            f"a closure came through GradScaler.step, which looks for overflows before it is called; {instead}"
+        )
 
 
 def given(opt: Optimizer, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,6 +15,19 @@ GRAD_NORM, SHARPNESS, NORM = range(3)
 
 #: What :meth:`Arithmetic.marks` holds of one parameter.
 MARK = "=QQ"
+
+
+class Readings(NamedTuple):
+    """What a measurement is written to, in place; both on one device.
+
+    Attributes:
+        values: float64 [3]; norm and sharpness divided by what a scaler has multiplied the gradients by, and the
+            undivided norm.
+        total: float64 [2]; the sum of the finite sharpnesses, and their count.
+    """
+
+    values: Tensor
+    total: Tensor
 
 
 class Arithmetic:
@@ -37,27 +50,20 @@ class Arithmetic:
         """The base's first moments in the groups with a rho: a direction to perturb along, by -rho.
 
         Raises:
-            RuntimeError: if the base's state has none.
+            ValueError: if the base keeps none.
         """
         raise NotImplementedError
 
-    def measure(
-        self,
-        direction: Any,
-        out: Tensor | None = None,
-        total: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-    ) -> Tensor:
+    def measure(self, direction: Any, into: Readings | None = None, grad_scale: Tensor | None = None) -> Tensor:
         """The norm of a direction and, for gradients, the sharpness.
 
         Args:
             direction: what :meth:`gradients` or :meth:`momenta` has just returned.
-            out: float64 [3]; where the result is written, on the device of ``total``.
-            total: float64 [2]; a finite sharpness is added to its sum and its count.
+            into: where to write them, and to add a finite sharpness.
             grad_scale: what a scaler has multiplied the gradients by: float32, one element.
 
         Returns:
-            ``out``, or a tensor like it: norm and sharpness divided by ``grad_scale``, and the undivided norm.
+            The ``values`` of ``into``, or a tensor like them.
         """
         raise NotImplementedError
 
@@ -65,13 +71,13 @@ class Arithmetic:
         """Move the weights along a direction, with what :meth:`measure` has just returned for it."""
         raise NotImplementedError
 
-    def perturbed(self) -> list[tuple[Tensor, Tensor]]:
+    def backups(self) -> list[tuple[Tensor, Tensor]]:
         """Each perturbed parameter and its backup (of a DTensor, of what this process holds)."""
         raise NotImplementedError
 
     def marks(self) -> bytes:
-        """For each of :meth:`perturbed`, in ``MARK``: how often it was changed in place, and its address."""
-        return b"".join(struct.pack(MARK, p._version, p.data_ptr()) for p, _ in self.perturbed())
+        """For each of :meth:`backups`, in ``MARK``: how often it was changed in place, and its address."""
+        return b"".join(struct.pack(MARK, p._version, p.data_ptr()) for p, _ in self.backups())
 
     def restore(self) -> None:
         """Move the weights back, bit for bit; nothing to do where they are not perturbed."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .geometry import radii
 from .parameters import Group
 
 #: What a base may call its first moment.
@@ -186,6 +187,21 @@ def check_moments(base: Optimizer) -> None:
                 f"base: {type(base).__name__}{momentum} keeps no first moment to perturb along: expected a base whose "
                 f"state has {' or '.join(MOMENTS)}, such as Adam, AdamW, or SGD with momentum"
             )
+
+
+def first_moments(base: Optimizer) -> list[tuple[Group, Tensor, Tensor]]:
+    """Each parameter that has a first moment, in a group with a rho: the group, the parameter and the moment.
+
+    Raises:
+        ValueError: if one of these groups can have none.
+    """
+    rhos = radii(base.param_groups)
+    check_moments(base)
+    params = (
+        (group, p) for group, rho in zip(base.param_groups, rhos, strict=True) if rho > 0 for p in group["params"]
+    )
+    found = ((group, p, moment_of(base.state.get(p, {}))) for group, p in params)
+    return [(group, p, moment) for group, p, moment in found if moment is not None]
 
 
 def native_update(base: Optimizer, group: Group) -> Update | None:

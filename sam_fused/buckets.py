@@ -28,10 +28,10 @@ class Bucket:
     All have one ``place``. Backups and state are held as this process's parts.
     """
 
-    def __init__(self, place: tuple[torch.device, Place | None], update: Update | None, perturbed: bool) -> None:
+    def __init__(self, place: tuple[torch.device, Place | None], update: Update | None, ascends: bool) -> None:
         self.device, self.placement = place
         self.update = update
-        self.perturbed = perturbed  # whether its groups have a rho
+        self.ascends = ascends  # whether its groups have a rho
         self.params: list[Tensor] = []
         self.positions: list[int] = []
         self.casts = False  # whether a gradient or moment has another dtype than its parameter
@@ -152,12 +152,12 @@ class Active(NamedTuple):
 
 
 def bucket_for(
-    buckets: dict[Hashable, Bucket], p: Tensor, update: Update | None = None, perturbed: bool = True
+    buckets: dict[Hashable, Bucket], p: Tensor, update: Update | None = None, ascends: bool = True
 ) -> Bucket:
     place = place_of(p)
-    key = place, update, perturbed
+    key = place, update, ascends
     if key not in buckets:
-        buckets[key] = Bucket(place, update, perturbed)
+        buckets[key] = Bucket(place, update, ascends)
     return buckets[key]
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arithmetic import NORM, Arithmetic
-from .bases import check_moments, moment_of, native_update
+from .arithmetic import NORM, Arithmetic, Readings
+from .bases import first_moments, moment_of, native_update
 from .buckets import Bucket, Plan, bucket_for
 from .buffers import backups_of, capturing, fits, make_state
 from .distributed import is_dtensor, local, sum_over_shards
@@ -86,7 +86,7 @@ class Fused(Arithmetic):
     def _match(self, plan: Plan) -> None:
         """Give each parameter of the update its backup, and find the perturbed ones that have no gradient now."""
         plan.matched = None  # until all of it is done
-        perturbed = self.perturbed()
+        perturbed = self.backups()
         backup_of = {id(p): backup for p, backup in perturbed}
         for bucket in plan.descent:
             bucket.forget_rows()
@@ -96,16 +96,19 @@ class Fused(Arithmetic):
         plan.matched = list(self.record or [])
 
     def _can_advance(self, plan: Plan) -> bool:
-        """Whether all that the update perturbs next, and nothing else, is perturbed now."""
-        moving = [bucket for bucket in plan.descent if bucket.perturbed]
+        """Whether all that is to be perturbed next is updated, and is perturbed now, and nothing else is."""
+        moving = [bucket for bucket in plan.descent if bucket.ascends]
         places = {(bucket.device, bucket.placement) for bucket in moving}
+        updated = {id(p) for bucket in moving for p in bucket.params}
+        ascending = (p for group in self.base.param_groups if group["rho"] > 0 for p in group["params"])
         return (
             bool(moving)
             and not plan.leftover
+            and all(id(p) in updated or moment_of(self.base.state.get(p, {})) is None for p in ascending)
             and len(places) == len(moving)  # or the norm would be summed in another order than in `measure`
             and all(bucket.update is not None and bucket.update.moment is not None for bucket in moving)
             and all(
-                fits(backup, local(p)) if bucket.perturbed else backup is None
+                fits(backup, local(p)) if bucket.ascends else backup is None
                 for bucket in plan.descent
                 for p, backup in zip(bucket.params, bucket.backups, strict=True)
             )
@@ -118,33 +121,21 @@ class Fused(Arithmetic):
         return [(bucket, bucket.pick(grads), bucket.pack(_gradient_row)) for bucket in plan.ascent]
 
     def momenta(self) -> Any:
-        check_moments(self.base)
-        groups = self.base.param_groups
         buckets: dict[Hashable, Bucket] = {}
-        moments: list[Tensor] = []
-        for group, rho in zip(groups, radii(groups), strict=True):
-            for p in group["params"] if rho > 0 else ():
-                moment = moment_of(self.base.state.get(p, {}))
-                if moment is not None:
-                    bucket_for(buckets, p).append(len(moments), p, moment, group)
-                    moments.append(moment)
+        found = first_moments(self.base)
+        for position, (group, p, moment) in enumerate(found):
+            bucket_for(buckets, p).append(position, p, moment, group)
         return [
-            (bucket, bucket.fitted([moments[i] for i in bucket.positions]), bucket.pack(_moment_row))
+            (bucket, bucket.fitted([found[i][2] for i in bucket.positions]), bucket.pack(_moment_row))
             for bucket in buckets.values()
         ]
 
-    def measure(
-        self,
-        direction: Any,
-        out: Tensor | None = None,
-        total: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-    ) -> Tensor:
+    def measure(self, direction: Any, into: Readings | None = None, grad_scale: Tensor | None = None) -> Tensor:
         squares = [
             sum_over_shards(_C.grad_sq_norm(bucket.rows_for_perturb(), tensors, ascent), bucket.placement)
             for bucket, tensors, ascent in direction
         ]
-        return _norm(squares, [ascent for *_, ascent in direction], out, total, grad_scale)
+        return _measured(squares, [ascent for *_, ascent in direction], into, grad_scale)
 
     def perturb(self, direction: Any, measured: Tensor) -> None:
         record = self.record = []
@@ -157,7 +148,7 @@ class Fused(Arithmetic):
             _C.perturb_(bucket.rows_for_perturb(), tensors, norm, ascent, hook=on_record)
             bucket.mark_changed()
 
-    def perturbed(self) -> list[tuple[Tensor, Tensor]]:
+    def backups(self) -> list[tuple[Tensor, Tensor]]:
         return [pair for bucket in self.record or [] for pair in zip(bucket.params, bucket.backups, strict=True)]
 
     def marks(self) -> bytes:
@@ -220,7 +211,7 @@ class Fused(Arithmetic):
             row = bucket.pack(bucket.update.row)
             scalars = bucket.scalars(grad_scale, found_inf)
             mine = bucket.pick(grads)
-            if not bucket.perturbed:
+            if not bucket.ascends:
                 _C.restore_step_(bucket.rows_for_restore_step(), mine, row, *scalars)
                 bucket.mark_changed()
                 continue
@@ -232,30 +223,25 @@ class Fused(Arithmetic):
             squares.append(sum_over_shards(sq_norms, bucket.placement))
             ascents.append(ascent)
             moves.append((bucket, bucket.state[k * n : (k + 1) * n]))
-        norm = _norm(squares, ascents)[NORM]
+        norm = _measured(squares, ascents)[NORM]
         for (bucket, moments), ascent in zip(moves, ascents, strict=True):
             _C.perturb_from_(bucket.rows_for_perturb_from(), moments, norm.to(bucket.device), ascent)
             bucket.mark_changed()
 
 
-def _norm(
-    squares: list[Tensor],
-    ascents: list[Tensor],
-    out: Tensor | None = None,
-    total: Tensor | None = None,
-    grad_scale: Tensor | None = None,
+def _measured(
+    squares: list[Tensor], ascents: list[Tensor], into: Readings | None = None, grad_scale: Tensor | None = None
 ) -> Tensor:
     """What :meth:`Arithmetic.measure` returns, from the squared norms of each call and the rows that they belong to."""
-    device = total.device if total is not None else squares[0].device if squares else torch.device("cpu")
+    device = into.total.device if into is not None else squares[0].device if squares else torch.device("cpu")
     if len(squares) == 1 and squares[0].device == device:
         [sq_norms], [ascent] = squares, ascents
     else:
         sq_norms = torch.cat([torch.empty(0, dtype=torch.float64, device=device), *(sq.to(device) for sq in squares)])
         ascent = torch.cat([torch.empty(0, 3, dtype=torch.float64, device="cpu"), *ascents])
-    if out is None:
-        out = torch.empty(3, dtype=torch.float64, device=device)
-    _C.sharpness_(sq_norms, ascent, out, total, grad_scale)
-    return out
+    values, total = (torch.empty(3, dtype=torch.float64, device=device), None) if into is None else into
+    _C.sharpness_(sq_norms, ascent, values, total, grad_scale)
+    return values
 
 
 def _gradient_row(group: Group) -> tuple[float, ...]:

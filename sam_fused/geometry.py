@@ -41,14 +41,14 @@ def radii(groups: Iterable[dict[str, Any]]) -> list[float]:
     """rho of each group.
 
     Raises:
-        ValueError: if one is no finite number >= 0.
+        ValueError: if a rho or an eta is no finite number >= 0.
     """
     out = []
     for i, group in enumerate(groups):
-        rho = group["rho"]
-        if not _is_finite(rho):
-            raise ValueError(f"param_groups[{i}]['rho']: expected a finite number >= 0, got {rho!r}")
-        out.append(float(rho))
+        for name in ("rho", "eta"):
+            if not _is_finite(group[name]):
+                raise ValueError(f"param_groups[{i}]['{name}']: expected a finite number >= 0, got {group[name]!r}")
+        out.append(float(group["rho"]))
     return out
 
 

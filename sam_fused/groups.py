@@ -71,9 +71,13 @@ def only_ascending(groups: Sequence[dict[str, Any]]) -> Iterator[None]:
     if not any(p.requires_grad for group in groups for p in group["params"] if group["rho"] > 0):
         resting = []
     try:
-        for p in resting:
-            p.requires_grad_(False)
-        yield
+        try:
+            for p in resting:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in resting:
+                p.requires_grad_(True)
     finally:
-        for p in resting:
+        for p in resting:  # an interrupt may have ended the first loop
             p.requires_grad_(True)

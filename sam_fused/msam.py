@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +17,7 @@ from .arithmetic import MARK
 from .around import Around
 from .bases import check_moments
 from .buffers import fits
-from .distributed import fsdp_modules, local
+from .distributed import gather_again, local
 from .fused import Fused
 from .hooks import attach
 from .parameters import name_of
@@ -46,6 +47,7 @@ class MSAM(Around):
     def _set_up(self) -> None:
         super()._set_up()
         self._loaded = False  # a checkpoint, since when the weights were not perturbed
+        self._passes: set[str] = set()  # in which modes the model was used since the last step
         self._marks: bytes | None = None  # of the perturbed weights; None: not known
         if self.model is not None:
             attach(self, self.model)
@@ -69,27 +71,38 @@ class MSAM(Around):
 
         Raises:
             RuntimeError: after :meth:`eval`; without a closure, after :meth:`load_state_dict`, if the gradients were
-                taken at the clean weights; if the weights were changed in place while they were perturbed.
+                taken at the clean weights; if the weights were changed in place while they were perturbed; for a sparse
+                gradient; for a closure that came through ``scaler.step``.
+            ValueError: for a rho or eta that is no finite number >= 0; for a base that turns out to keep no first
+                moment, with the update done.
         """
         self._check_not_borrowed("step()")
-        if not self._training:
-            raise RuntimeError("step() was called after eval(); call train() before the forward pass")
         loss = None
-        if closure is not None:
-            if amp.through_scaler(self):
+        try:
+            if not self._training:
+                raise RuntimeError("step() was called after eval(); call train() before the forward pass")
+            if closure is not None:
+                amp.check_no_closure(self, "call it yourself, then scaler.step(opt)")
+                self._perturb()
+                with torch.enable_grad():
+                    loss = closure()
+            elif self._loaded and self._arithmetic.momenta():
                 raise RuntimeError(
-                    "a closure came through GradScaler.step, which looks for overflows before it is called; "
-                    "call it yourself, then scaler.step(opt)"
+                    "step() was called after load_state_dict(), with gradients of the clean weights; call train() "
+                    "before the forward pass, or construct with model=..."
                 )
-            self._perturb()
-            with torch.enable_grad():
-                loss = closure()
-        elif self._loaded and self._arithmetic.momenta():
-            raise RuntimeError(
-                "step() was called after load_state_dict(), with gradients of the clean weights; call train() before "
-                "the forward pass, or construct with model=..."
-            )
-        self._advance()
+            if self._passes == {"eval"}:
+                warnings.warn(
+                    "the model is in eval mode, which shows it its clean weights: this is the step of "
+                    f"{type(self.base_optimizer).__name__}, without SAM. Call model.train() before the forward pass; "
+                    "to freeze BatchNorm or dropout, call eval() on these layers alone",
+                    stacklevel=4,  # above the two wrappers that torch puts around step
+                )
+            self._passes.clear()
+            self._advance()
+        except BaseException:
+            amp.forget(self)
+            raise
         return loss
 
     @_disable_dynamo
@@ -110,6 +123,9 @@ class MSAM(Around):
         """Give the clean weights back, bit for bit: to evaluate, to save or to change them.
 
         They stay clean until :meth:`train`, also with ``model=``: so another optimizer may go on with them.
+
+        Raises:
+            RuntimeError: if the weights were changed in place while they were perturbed.
         """
         self._check_not_borrowed("eval()")
         self._clean("eval()")
@@ -126,8 +142,12 @@ class MSAM(Around):
     def _clean(self, what: str) -> None:
         if self.perturbed:
             self._check_unchanged(what)
-            self._gather_again()
             self._restore()
+
+    @_disable_dynamo
+    def _restore(self) -> None:
+        gather_again(self.model)
+        super()._restore()
 
     @_disable_dynamo
     @torch.no_grad()
@@ -137,16 +157,11 @@ class MSAM(Around):
             return
         direction = self._arithmetic.momenta()
         if direction:
-            self._gather_again()
+            gather_again(self.model)
             self._marks = None
             self._arithmetic.perturb(direction, self._arithmetic.measure(direction))
             self._moved()
             self._marks = self._arithmetic.marks()
-
-    def _gather_again(self) -> None:
-        """What FSDP2 holds of the other processes' weights is not theirs any more."""
-        for module in fsdp_modules(self.model) if self.model is not None else ():
-            module.reshard()
 
     def _check_unchanged(self, what: str) -> None:
         """Changes of the perturbed weights would be lost with the next step."""
@@ -170,7 +185,7 @@ class MSAM(Around):
         now, before = (struct.iter_unpack(MARK, held) for held in (marks, self._marks))
         changed = {
             p
-            for (p, backup), (version, address), mark in zip(self._arithmetic.perturbed(), now, before, strict=True)
+            for (p, backup), (version, address), mark in zip(self._arithmetic.backups(), now, before, strict=True)
             if version != mark[0] or (address != mark[1] and fits(backup, local(p)))
         }
         groups = self.param_groups
@@ -230,6 +245,7 @@ class FusedMSAM(MSAM):
         ImportError: if the extension is not built.
         TypeError, ValueError: on arguments that are not as described, and for a base without a first moment, such as
             SGD without momentum (where only the state can tell, :meth:`step` raises it, with the update done).
+        RuntimeError: where the base's own constructor fails otherwise.
 
     Example::
 

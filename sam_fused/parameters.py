@@ -41,7 +41,7 @@ def check_memory(groups: Sequence[Group]) -> None:
     spans = []
     for g, group in enumerate(groups):
         for i, p in enumerate(group["params"]):
-            begin = _address(p)
+            begin = address(p)
             if begin:
                 spans.append((str(p.device), begin, begin + _extent(p) * p.element_size(), g, i))
                 if _overlaps_itself(p):
@@ -61,7 +61,7 @@ def check_memory(groups: Sequence[Group]) -> None:
         open_spans.append(span)
 
 
-def _address(p: Tensor) -> int:
+def address(p: Tensor) -> int:
     """Of the first element; 0 for what has no memory of its own: DTensors, wrappers, meta and fake tensors."""
     if is_dtensor(p) or p.is_meta or p.numel() == 0:
         return 0

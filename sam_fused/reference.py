@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arithmetic import NORM, Arithmetic
-from .bases import check_moments, moment_of, native_update
+from .arithmetic import NORM, SHARPNESS, Arithmetic, Readings
+from .bases import first_moments, native_update
 from .distributed import is_dtensor
 from .geometry import ascent_scale, radii, signed_radius
-from .parameters import Group, check_memory, name_of
+from .parameters import Group, address, check_memory, name_of
 
 
 def wide(t: Tensor) -> Tensor:
@@ -131,7 +131,8 @@ class Reference(Arithmetic):
 
     def _with_grad(self) -> Iterator[tuple[Group, Tensor, Tensor]]:
         groups = self.base.param_groups
-        addresses = [p.data_ptr() for group in groups for p in group["params"] if not is_dtensor(p) and not p.is_meta]
+        radii(groups)
+        addresses = [address(p) for group in groups for p in group["params"]]
         if addresses != self._addresses:
             check_memory(groups)
             self._addresses = addresses
@@ -145,24 +146,14 @@ class Reference(Arithmetic):
                     yield group, p, p.grad
 
     def gradients(self) -> Any:
-        radii(self.base.param_groups)
         return [(signed_radius(group), group, p, grad) for group, p, grad in self._with_grad() if group["rho"] > 0]
 
     def momenta(self) -> Any:
-        check_moments(self.base)
-        ascent = [(group, p) for group in self.base.param_groups for p in group["params"] if group["rho"] > 0]
-        moments = [(group, p, moment_of(self.base.state.get(p, {}))) for group, p in ascent]
-        return [(-float(group["rho"]), group, p, m) for group, p, m in moments if m is not None]
+        return [(-float(group["rho"]), group, p, moment) for group, p, moment in first_moments(self.base)]
 
-    def measure(
-        self,
-        direction: Any,
-        out: Tensor | None = None,
-        total: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-    ) -> Tensor:
+    def measure(self, direction: Any, into: Readings | None = None, grad_scale: Tensor | None = None) -> Tensor:
         device = direction[0][2].device if direction else torch.device("cpu")
-        device = device if total is None else total.device
+        device = device if into is None else into.total.device
         squares = [
             (ascent_scale(wide(p), group) * wide(d.to(p.dtype))).double().square().sum().to(device)
             for _, group, p, d in direction
@@ -174,9 +165,11 @@ class Reference(Arithmetic):
         values = torch.stack([norm, sharpness, norm])
         if grad_scale is not None:
             values[:NORM] /= grad_scale
-        if total is not None and sharpness.isfinite():
-            total += torch.stack([values[1], torch.ones_like(sharpness)])
-        return values if out is None else out.copy_(values)
+        if into is None:
+            return values
+        if sharpness.isfinite():
+            into.total.add_(torch.stack([values[SHARPNESS], torch.ones_like(sharpness)]))
+        return into.values.copy_(values)
 
     def perturb(self, direction: Any, measured: Tensor) -> None:
         norm = measured[NORM].item()
@@ -189,7 +182,7 @@ class Reference(Arithmetic):
             perturbed = w + radius / (norm + 1e-12) * t * (t * d)
             p.copy_(_round_randomly(perturbed, p, norm) if p.element_size() == 2 else perturbed)
 
-    def perturbed(self) -> list[tuple[Tensor, Tensor]]:
+    def backups(self) -> list[tuple[Tensor, Tensor]]:
         return self.record or []
 
     def restore(self) -> None:
@@ -207,7 +200,8 @@ class Reference(Arithmetic):
         if found_inf is None or not found_inf.item():
             scale = 1.0 if grad_scale is None else grad_scale.item()
             for group, p, g, native in active:
+                assert native is not None  # or the base's own step was called
                 step = UPDATES[type(self.base)]
-                options = {**native.fixed, **group} if native else group
+                options = {**native.fixed, **group}
                 p.copy_(step(wide(p), wide(g) / scale, self.base.state[p], options, p.dtype))
         self.record = None

@@ -14,10 +14,10 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import amp
-from .arithmetic import GRAD_NORM, NORM, SHARPNESS
+from .arithmetic import GRAD_NORM, NORM, SHARPNESS, Readings
 from .around import Around
 from .batchnorm import FrozenStatistics
-from .distributed import any_replica, unsynchronized
+from .distributed import any_replica, gather_again, unsynchronized
 from .fused import Fused
 from .geometry import radii
 from .groups import only_ascending
@@ -29,7 +29,7 @@ class SAM(Around):
     """What :class:`FusedSAM` and :class:`ReferenceSAM` share; see :class:`FusedSAM` for the arguments."""
 
     way_back = "call second_step() to finish the step or restore() to drop it"
-    kept = (*Around.kept, "scaler", "sync_perturbation", "lean_ascent", "_measured", "_total", "_warned_or_ascended")
+    kept = (*Around.kept, "scaler", "sync_perturbation", "lean_ascent", "_readings", "_warned_or_ascended")
 
     def __init__(
         self,
@@ -54,9 +54,7 @@ class SAM(Around):
         self.lean_ascent = lean_ascent
         options = {"rho": rho, "adaptive": adaptive, "eta": eta}
         super().__init__(params, base, options, model, base_kwargs)
-        # Both are written in place: a CUDA graph may hold them.
-        self._measured = torch.full((3,), math.nan, dtype=torch.float64, device=self._device())
-        self._total = torch.zeros(2, dtype=torch.float64, device=self._device())
+        self._readings = _no_readings(self._device())
         self._warned_or_ascended = False  # or has measured, which shows too that a step without SAM is meant
 
     def _set_up(self) -> None:
@@ -82,34 +80,38 @@ class SAM(Around):
 
         With a GradScaler, call ``scaler.step(opt)`` in its place. With a closure and ``scaler=`` given, call this: it
         does so itself after the second call of the closure, which scales its loss. ``scaler.update()`` is yours.
+
+        Raises:
+            RuntimeError: for a sparse gradient; a closure that came through ``scaler.step``; a DistributedDataParallel
+                with a static graph; DTensors with ``lean_ascent``.
+            ValueError: for a rho or eta that is no finite number >= 0; state of another shape than its parameter;
+                parameters that share memory.
         """
         if closure is None:
-            if not self._warned_or_ascended and any(g["rho"] > 0 and _trains(g) for g in self.param_groups):
-                warnings.warn(
-                    "step() was called without a closure and without first_step() before it: this is the step of "
-                    f"{type(self.base_optimizer).__name__}, without SAM. If it is meant, set rho=0 or call "
-                    "measure_sharpness() before it",
-                    stacklevel=4,  # above the two wrappers that torch puts around step
-                )
-                self._warned_or_ascended = True
-            if self._passes_add_up():
-                warnings.warn(_ADD_UP, stacklevel=4)
-            self._descend()
+            try:
+                if not self._warned_or_ascended and any(g["rho"] > 0 and _trains(g) for g in self.param_groups):
+                    warnings.warn(
+                        "step() was called without a closure and without first_step() before it: this is the step of "
+                        f"{type(self.base_optimizer).__name__}, without SAM. If it is meant, set rho=0 or call "
+                        "measure_sharpness() before it",
+                        stacklevel=4,  # above the two wrappers that torch puts around step
+                    )
+                    self._warned_or_ascended = True
+                if self._passes_add_up():
+                    warnings.warn(_ADD_UP, stacklevel=4)
+                self._descend()
+            except BaseException:
+                amp.forget(self)
+                raise
             return None
-        if amp.through_scaler(self):
-            self.restore()
-            raise RuntimeError(
-                "a closure came through GradScaler.step, which looks for overflows before it is called; "
-                "construct with scaler=... and call step(closure) itself"
-            )
-        one_pass = self.perturbed or not any(radii(self.param_groups))
-        if not one_pass:
-            alone = nullcontext() if self.sync_perturbation else unsynchronized(self.model)
-            lean = only_ascending(self.param_groups) if self.lean_ascent else nullcontext()
-            with torch.enable_grad(), alone, lean:
-                loss = closure()
         try:
+            amp.check_no_closure(self, "construct with scaler=... and call step(closure) itself")
+            one_pass = self.perturbed or not any(radii(self.param_groups))
             if not one_pass:
+                alone = nullcontext() if self.sync_perturbation else unsynchronized(self.model)
+                lean = only_ascending(self.param_groups) if self.lean_ascent else nullcontext()
+                with torch.enable_grad(), alone, lean:
+                    loss = closure()
                 self.first_step()
             with torch.enable_grad():
                 last_loss = closure()
@@ -127,22 +129,28 @@ class SAM(Around):
     # torch.compile leaves these as they are, as it does torch.optim's own loading and adding of groups.
 
     @_disable_dynamo
-    def _ascend(self, perturb: bool) -> None:
+    def _measure(self) -> Any:
+        """Read norm and sharpness off the present gradients, which are returned as a direction."""
         device = self._device()
-        if self._total.device != device:  # the parameters have moved, or had no memory when it was made
-            moved = not self._total.is_meta
-            self._total = self._total.to(device) if moved else torch.zeros_like(self._total, device=device)
-            self._measured = torch.empty_like(self._measured, device=device)
+        held = self._readings.total
+        if held.device != device:  # the parameters have moved, or had no memory when it was made
+            moved = Readings(*(t.to(device) for t in self._readings)) if not held.is_meta else _no_readings(device)
+            self._readings = moved
         direction = self._arithmetic.gradients()
         scale = amp.scale_of_gradients(self.scaler, self, device)
-        self._arithmetic.measure(direction, self._measured, self._total, scale)
+        self._arithmetic.measure(direction, self._readings, scale)
         self._warned_or_ascended = True
-        if perturb:
-            self._arithmetic.perturb(direction, self._measured)
-            self._moved()
-            if self.model is not None:
-                self._statistics.freeze(self.model)
-            self._watched = _small_gradient(self.param_groups)
+        return direction
+
+    @_disable_dynamo
+    def _ascend(self) -> None:
+        """The first half of a step."""
+        self._arithmetic.perturb(self._measure(), self._readings.values)
+        self._moved()
+        if self.model is not None:
+            gather_again(self.model)
+            self._statistics.freeze(self.model)
+        self._watched = _small_gradient(self.param_groups)
 
     @_disable_dynamo
     def _passes_add_up(self) -> bool:
@@ -161,7 +169,7 @@ class SAM(Around):
         """The second half of a step."""
         grad_scale, found_inf = amp.given(self, self._device())
         if found_inf is not None and self.perturbed:  # an overflow in the first pass counts too
-            overflow = any_replica((~self._measured[NORM].isfinite()).to(found_inf), self.model)
+            overflow = any_replica((~self._readings.values[NORM].isfinite()).to(found_inf), self.model)
             found_inf = found_inf + overflow
             if self.scaler is not None:
                 amp.report_overflow(self.scaler, self, overflow)
@@ -187,12 +195,14 @@ class SAM(Around):
             zero_grad: then zero the gradients.
 
         Raises:
-            RuntimeError: if the weights are perturbed already.
+            RuntimeError: if the weights are perturbed already; for a sparse gradient; where ``scaler`` has scaled
+                nothing yet, or ``unscale_`` was called before.
+            ValueError: for a rho or eta that is no finite number >= 0, and parameters that share memory.
         """
         self._check_not_borrowed("first_step()")
         self._check_not_perturbed("first_step()")
         try:
-            self._ascend(perturb=True)
+            self._ascend()
             if zero_grad:
                 self.zero_grad()
         except BaseException:
@@ -214,11 +224,11 @@ class SAM(Around):
         """Measure :attr:`grad_norm` and :attr:`sharpness` from the present gradients, and perturb nothing.
 
         Raises:
-            RuntimeError: if the weights are perturbed: their gradients do not belong to w.
+            RuntimeError, ValueError: as :meth:`first_step`; gradients of perturbed weights do not belong to w.
         """
         self._check_not_borrowed("measure_sharpness()")
         self._check_not_perturbed("measure_sharpness()")
-        self._ascend(perturb=False)
+        self._measure()
 
     @property
     def perturbed(self) -> bool:
@@ -234,12 +244,12 @@ class SAM(Around):
         Float64, 0-dim, on the parameters' device; NaN before the first measurement. Reading it copies nothing to the
         host.
         """
-        return self._measured[SHARPNESS].clone()
+        return self._readings.values[SHARPNESS].clone()
 
     @property
     def grad_norm(self) -> Tensor:
         """||T g|| of the last ascent, as :attr:`sharpness`."""
-        return self._measured[GRAD_NORM].clone()
+        return self._readings.values[GRAD_NORM].clone()
 
     def mean_sharpness(self, reset: bool = True) -> Tensor:
         """Mean sharpness since the last reset, over the steps where it was finite: Algorithm 1's value of an epoch.
@@ -252,17 +262,24 @@ class SAM(Around):
         Returns:
             Float64, 0-dim, on the parameters' device; NaN if nothing was measured.
         """
-        mean = self._total[0] / self._total[1]
+        total = self._readings.total
+        mean = total[0] / total[1]
         if reset:
-            self._total.zero_()
+            total.zero_()
         return mean
 
 
 _ADD_UP = (
-    "the second pass added its gradients to the first pass's, which were not zeroed, so the update gets their sum. Call "
-    "zero_grad() in the closure, or first_step(zero_grad=True). To accumulate gradients over batches, let the closure "
-    "zero them once and go through all the batches"
+    "the second pass added its gradients to the first pass's, which were not zeroed, so the update gets their sum. "
+    "Call zero_grad() in the closure, or first_step(zero_grad=True). To accumulate gradients over batches, let the "
+    "closure zero them once and go through all the batches"
 )
+
+
+def _no_readings(device: torch.device) -> Readings:
+    """Written in place from now on: a CUDA graph may hold them."""
+    values = torch.full((3,), math.nan, dtype=torch.float64, device=device)
+    return Readings(values, torch.zeros(2, dtype=torch.float64, device=device))
 
 
 def _small_gradient(groups: list[Group]) -> tuple[Tensor, Tensor, int] | None:
@@ -299,7 +316,8 @@ class FusedSAM(SAM):
     Args:
         params: parameters, named parameters or parameter groups, as for any ``torch.optim`` optimizer. Groups may have
             their own ``rho``, ``adaptive`` and ``eta``. Float32, float64, bfloat16 or float16 tensors of any shape and
-            strides, mixed at will; arithmetic is in float32 (float64 for float64) and norms are summed in float64.
+            strides, mixed at will; arithmetic is in float32 (float64 for float64), and norms are summed in float64 (on
+            a GPU, from float32 sums of 16 bytes each).
             DTensors (FSDP2) may be sharded or replicated: the norm is summed over their mesh.
         base: an optimizer class. Those of ``sam_fused.bases.NATIVE`` have native updates, fused with the restoring of
             the weights; any other class works by its own ``step()``.
@@ -320,6 +338,7 @@ class FusedSAM(SAM):
         ImportError: if the extension is not built.
         TypeError, ValueError: on arguments that are not as described, and for a base with an option called rho,
             adaptive or eta (Adadelta).
+        RuntimeError: where the base's own constructor fails otherwise.
 
     Example::
 

@@ -157,7 +157,7 @@ def test_measurements_stay_where_a_graph_writes_them():
     set_grads(params, 0)
     opt = FusedSAM(params)
     opt.measure_sharpness()
-    total, measured = opt._total, opt._measured
+    values, total = opt._readings
     sharpness, norm = opt.sharpness, opt.grad_norm
     kept = sharpness.clone(), norm.clone()
     set_grads(params, 1)
@@ -167,8 +167,8 @@ def test_measurements_stay_where_a_graph_writes_them():
     assert opt.sharpness != sharpness
     assert opt.grad_norm != norm
     assert opt.mean_sharpness() > 0
-    assert opt._total is total
-    assert opt._measured is measured
+    assert opt._readings.values is values
+    assert opt._readings.total is total
     assert opt.mean_sharpness().isnan()
 
 

@@ -206,6 +206,26 @@ def test_an_error_in_the_second_half_leaves_no_scale_behind(cls):
         assert_near(p.detach(), q.detach(), 1e-12, "one scale, not two")
 
 
+@both
+def test_an_error_without_an_ascent_leaves_no_scale_behind(cls):
+    """The weights are not perturbed, so nobody calls restore()."""
+    mine = awkward(torch.float64)[:2]
+    theirs = clones(mine)
+    amp = scaler()
+    opt, plain = cls(mine, torch.optim.SGD, lr=0.1, scaler=amp), torch.optim.SGD(theirs, lr=0.1)
+    set_scaled(mine, 0)
+    opt.param_groups[0]["rho"] = -1.0
+    with pytest.raises(ValueError, match="rho"):
+        amp.step(opt)
+    opt.param_groups[0]["rho"] = 0.0
+    set_scaled(mine, 1)
+    set_grads(theirs, 1)
+    amp.step(opt)
+    plain.step()
+    for p, q in zip(mine, theirs, strict=True):
+        assert_near(p.detach(), q.detach(), 1e-12, "one scale, not two")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_trains(dtype):
     torch.manual_seed(0)

@@ -45,15 +45,16 @@ def test_replaced_groups(cls, base):
 
 
 @both
+@pytest.mark.parametrize("option", ["rho", "eta"])
 @pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf"), "big", None])
-def test_a_radius_that_is_none(cls, rho):
+def test_a_radius_that_is_none(cls, rho, option):
     params = awkward(torch.float32)[:2]
     opt = cls([{"params": params[:1]}, {"params": params[1:]}])
     set_grads(params, 0)
-    opt.param_groups[1]["rho"] = rho
+    opt.param_groups[1][option] = rho
     before = snapshot(params)
     for call in (opt.first_step, opt.measure_sharpness, lambda: opt.step(lambda: None)):
-        with pytest.raises(ValueError, match=r"param_groups\[1\]\['rho'\]: expected a finite number >= 0, got"):
+        with pytest.raises(ValueError, match=rf"param_groups\[1\]\['{option}'\]: expected a finite number >= 0, got"):
             call()
         assert not opt.perturbed
         assert_untouched(params, before)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,15 +51,19 @@ class Interrupter:
         return False
 
 
+def lean(cls: Callable[..., Any]) -> bool:
+    return isinstance(cls, partial)
+
+
 class Training:
     """A network with BatchNorm in two groups, some steps old, and what its weights must be."""
 
-    def __init__(self, cls: type, base: type[torch.optim.Optimizer], earlier: int) -> None:
+    def __init__(self, cls: Callable[..., Any], base: type[torch.optim.Optimizer], earlier: int) -> None:
         torch.default_generator.manual_seed(0)  # torch.manual_seed takes a tenth of the test's time
         self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
         groups = [
             {"params": list(self.model[:2].parameters())},
-            {"params": list(self.model[2].parameters()), "rho": 0.2},
+            {"params": list(self.model[2].parameters()), "rho": 0.0 if lean(cls) else 0.2},
         ]
         self.opt = cls(groups, base, lr=0.1, rho=0.5, model=self.model)
         self.x, self.y = torch.randn(8, 3, generator=generator(1)), torch.arange(8) % 2
@@ -108,6 +114,7 @@ class Training:
         else:
             raise AssertionError(f"{where}: the weights are neither those before the step nor those after it")
         assert self.model[1].track_running_stats, where
+        assert all(p.requires_grad for p in self.model.parameters()), where
         if isinstance(self.opt, MSAM):
             self.opt.train()
         self.opt.step(self.closure)
@@ -118,6 +125,7 @@ ADAM, RPROP, NADAM = torch.optim.Adam, torch.optim.Rprop, torch.optim.NAdam  # f
 CASES = [
     (FusedSAM, ADAM, 0),  # the first step, which makes the state
     (FusedSAM, ADAM, 2),
+    (partial(FusedSAM, lean_ascent=True), ADAM, 2),
     (FusedSAM, RPROP, 2),
     (ReferenceSAM, ADAM, 0),
     (ReferenceSAM, RPROP, 2),

@@ -172,6 +172,36 @@ def test_groups_of_their_own_rho(cls):
 
 
 @both
+def test_a_group_whose_rho_begins_without_gradients(cls):
+    """Its moments are part of the norm, and its weights are perturbed."""
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = cls([{"params": [p]}, {"params": [q], "rho": 0.0}], torch.optim.Adam, rho=0.5, lr=0.1)
+    for _ in range(2):
+        p.grad, q.grad = torch.ones(3), torch.ones(3)
+        opt.step()
+    opt.param_groups[1]["rho"], q.grad = 0.5, None
+    opt.step()
+    moved = p.detach().clone(), q.detach().clone()
+    opt.eval()
+    assert not torch.equal(q, moved[1])
+    opt.train()
+    assert torch.equal(p, moved[0])
+    assert torch.equal(q, moved[1])
+
+
+@both
+@pytest.mark.parametrize("option", ["rho", "eta"])
+def test_a_radius_that_is_none(cls, option):
+    model, opt = trained(cls, 2)
+    before = values(model)
+    opt.param_groups[0][option] = float("nan")
+    with pytest.raises(ValueError, match=rf"param_groups\[0\]\['{option}'\]: expected a finite number >= 0, got nan"):
+        opt.step()
+    opt.param_groups[0][option] = 0.0
+    assert same(model, before)
+
+
+@both
 def test_a_moment_that_is_not_finite_moves_nothing(cls):
     p = nn.Parameter(torch.ones(3))
     opt = cls([p], torch.optim.SGD, lr=0.0, momentum=0.9, rho=0.5)
@@ -404,6 +434,28 @@ def test_a_part_of_the_model_is_saved_and_loaded_at_the_clean_weights(cls):
     backward(model, 2)
     opt.step()
     assert torch.equal(model[3].state_dict()["weight"], values(model)[4])
+
+
+@both
+def test_a_model_in_eval_mode_trains_without_sam_and_a_warning(cls, recwarn):
+    """Its gradients are those of the clean weights: fine-tuning often leaves the model in eval mode."""
+    model, opt = trained(cls, 2, hooked=True)
+
+    def warned() -> list[str]:
+        opt.step()
+        return [str(recwarn.pop().message) for _ in range(len(recwarn))]
+
+    model.eval()
+    backward(model, 0)
+    assert "in eval mode" in warned()[0]
+    model.train()
+    backward(model, 0)
+    model.eval()
+    model(batch(0)[0])  # to look at something, with gradients
+    assert warned() == []
+    model.train()
+    backward(model, 0)
+    assert warned() == []
 
 
 @both
@@ -753,6 +805,32 @@ def test_after_a_step_that_grad_scaler_saw_fail(cls, monkeypatch):
             scaler.step(opt)
     opt.restore()
     opt.step(lambda: backward(model, 1))
+
+
+@both
+@pytest.mark.parametrize("mistake", ["eval", "closure", "rho"])
+def test_a_step_that_grad_scaler_saw_refused_leaves_no_scale_behind(cls, mistake):
+    """GradScaler.step would multiply the next scale by it."""
+    model, twin = network(), network()
+    opt, plain = (cls(m.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.3) for m in (model, twin))
+    scaler = torch.amp.GradScaler(model[0].weight.device.type, init_scale=1024.0)
+    scaler.scale(backward(model, 0).detach())
+    if mistake == "eval":
+        opt.eval()
+    if mistake == "rho":
+        opt.param_groups[0]["rho"] = float("nan")
+    with pytest.raises((RuntimeError, ValueError)):
+        scaler.step(opt, *([lambda: None] if mistake == "closure" else []))
+    opt.param_groups[0]["rho"] = 0.3
+    opt.train()
+    for m in (model, twin):
+        m.zero_grad()
+        backward(m, 1)
+    for p in model.parameters():
+        p.grad.mul_(1024.0)
+    scaler.step(opt)
+    plain.step()
+    assert same(model, values(twin))
 
 
 @both

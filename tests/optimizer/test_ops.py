@@ -356,6 +356,8 @@ ERRORS = [
      r"grads: expected 2 tensors, one for each of params, got 1"),
     ("grad_sq_norm", change(run_sizes=[1, 2]), RuntimeError,
      r"run_sizes: expected to add up to the 2 .* got 3"),
+    ("grad_sq_norm", change(run_sizes=[3, -1]), RuntimeError,
+     r"run_sizes: expected numbers >= 0, got -1"),
     ("grad_sq_norm", change(grads=[make()[0], torch.ones(4)]), RuntimeError,
      r"grads\[1\]: expected shape \[3\], got \[4\]"),
     ("grad_sq_norm", change(grads=[make()[0], make()[1].double()]), TypeError,
