@@ -55,7 +55,7 @@ class Target {
 const double* check_rows(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
   TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kDouble && t.is_contiguous(), name,
               ": expected a contiguous float64 tensor on the CPU, got ", t.scalar_type(), " on ", t.device());
-  check_not_negated(t, name);
+  check_own_data(t, name);
   TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, ": expected shape [", rows, ", ",
               columns, "], got ", t.sizes());
   return t.const_data_ptr<double>();
@@ -69,7 +69,7 @@ double* check_doubles(const Tensor& t, const char* name, int64_t numel, const at
   TORCH_CHECK(t.scalar_type() == at::kDouble && t.is_contiguous() && t.numel() == numel && t.device() == device, name,
               ": expected ", numel, " contiguous float64 elements on ", device, ", got ", t.scalar_type(), " of shape ",
               t.sizes(), " on ", t.device());
-  check_not_negated(t, name);
+  check_own_data(t, name);
   return t.data_ptr<double>();
 }
 
@@ -79,7 +79,7 @@ const float* check_scalar(const Scalar& t, const char* name, const at::Device& d
   TORCH_CHECK(t->scalar_type() == at::kFloat && t->numel() == 1 && t->device() == device, name,
               ": expected one float32 element on ", device, ", got ", t->scalar_type(), " of shape ", t->sizes(),
               " on ", t->device());
-  check_not_negated(*t, name);
+  check_own_data(*t, name);
   return static_cast<const float*>(t->const_data_ptr());
 }
 
@@ -95,7 +95,7 @@ std::vector<Rate> check_rates(const OptionalRefs& lr, int64_t n_groups, const at
     TORCH_CHECK(real && t.numel() == 1 && t.device() == device, "lr[", g,
                 "]: expected one float32 or float64 element on ", device, ", got ", t.scalar_type(), " of shape ",
                 t.sizes(), " on ", t.device());
-    check_not_negated(t, "lr");
+    check_own_data(t, "lr");
     rates[g] = {t.const_data_ptr(), static_cast<int64_t>(t.itemsize())};
   }
   return rates;

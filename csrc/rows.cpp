@@ -9,8 +9,10 @@ namespace sam {
 
 using at::Tensor;
 
-void check_not_negated(const Tensor& t, const char* name) {
+void check_own_data(const Tensor& t, const char* name) {
   TORCH_CHECK(!t.is_neg(), name, ": expected a tensor without the negative bit; call resolve_neg() on it");
+  TORCH_CHECK(t.const_data_ptr() || t.numel() == 0 || t.is_meta(), name,
+              ": expected a tensor with memory of its own, got a wrapper around others");
 }
 
 void bump_versions(const Refs& tensors) {
@@ -113,7 +115,10 @@ Rows::Rows(Refs params, Sizes run_sizes)
     : params_(std::move(params)), n_groups_(static_cast<int64_t>(run_sizes.size())) {
   TORCH_CHECK(!params_.empty(), "params: expected at least one tensor");
   int64_t n = 0;
-  for (int64_t size : run_sizes) n += size;
+  for (int64_t size : run_sizes) {
+    TORCH_CHECK(size >= 0, "run_sizes: expected numbers >= 0, got ", size);
+    n += size;
+  }
   TORCH_CHECK(n == static_cast<int64_t>(params_.size()), "run_sizes: expected to add up to the ", params_.size(),
               " tensors of params, got ", n);
   table_.reserve(params_.size());
@@ -186,7 +191,7 @@ void Rows::state(std::string_view base, const Refs& state, const Refs& steps) {
     TORCH_CHECK(there && step.scalar_type() == at::kFloat && step.numel() == 1, "steps[", i,
                 "]: expected one float32 element on ", dense_[i]->device(), ", got ", step.scalar_type(), " of shape ",
                 step.sizes(), " on ", step.device());
-    check_not_negated(step, "steps");
+    check_own_data(step, "steps");
     table_[i].step = static_cast<float*>(step.data_ptr());
   }
   steps_ = one_for_each_counter(steps);
@@ -245,7 +250,7 @@ void* Rows::own(const Tensor& t, size_t i, const char* list) const {
     check_like(t, *params_[i], list, i);
     TORCH_CHECK(same_strides(t, *dense_[i]), list, "[", i, "]: expected strides ", dense_[i]->strides(),
                 ", the parameter's dense layout, got ", t.strides());
-    check_not_negated(t, list);
+    check_own_data(t, list);
   }
   return check_data(t.data_ptr(), t, list, i);
 }

@@ -31,8 +31,9 @@ using Reads = std::vector<Read>;
 // of the other.
 bool fits(const at::Tensor& t, const at::Tensor& like);
 
-// The memory of a tensor with the negative bit (the imaginary part of a conjugate) is not what it says.
-void check_not_negated(const at::Tensor&, const char* name);
+// The memory of a tensor with the negative bit (the imaginary part of a conjugate) is not what it says, and a tensor
+// subclass may be an empty wrapper.
+void check_own_data(const at::Tensor&, const char* name);
 
 // In-place operators on lists must do this themselves, or autograd uses mutated tensors without a word.
 void bump_versions(const Refs&);

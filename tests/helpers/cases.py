@@ -139,3 +139,15 @@ def assert_same_state(actual, expected, tolerance: float, what: str) -> None:
                 assert_near(mine[key].to(value.device), value, tolerance, f"{what}, state of params[{i}], {key}")
             else:
                 assert mine[key] == value
+
+
+class Wrapper(torch.Tensor):
+    """A subclass that holds its values in another tensor."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return Wrapper(torch.zeros(3)) if function is torch.ops.aten.detach.default else NotImplemented

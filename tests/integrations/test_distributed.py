@@ -417,6 +417,55 @@ def test_one_pass_is_msam_on_the_whole_batch(pair, make, base, adaptive, options
     pair(one_pass, make, base, adaptive, options)
 
 
+def whole_fsdp() -> nn.Module:
+    """The root has the parameters, and keeps what it has gathered after a forward pass."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(uneven(), mesh=init_device_mesh("cpu", (2,)))
+
+
+def restored_before_backward() -> None:
+    model = whole_fsdp()
+    opt = FusedMSAM(model.parameters(), torch.optim.Adam, model=model, **OPTIONS)
+    for step in range(2):
+        backward(opt, model, *shard(step, dist.get_rank()))
+        opt.step()
+
+    def evaluated() -> torch.Tensor:
+        model.eval()
+        with torch.no_grad():
+            loss = loss_of(model, *batch(9))
+        model.train()
+        return loss
+
+    expected = evaluated()
+    loss_of(model, *batch(0))  # where an error ends a step
+    opt.restore()
+    assert torch.equal(evaluated(), expected)
+
+
+def test_fsdp2_evaluates_at_the_clean_weights_after_restore(pair):
+    pair(restored_before_backward)
+
+
+def kept_after_backward() -> None:
+    model, alone = whole_fsdp(), uneven()
+    model.set_reshard_after_backward(False)
+    opt = FusedSAM(model.parameters(), torch.optim.Adam, model=model, **OPTIONS)
+    expected = ReferenceSAM(alone.parameters(), torch.optim.Adam, **OPTIONS)
+    for step in range(3):
+        take_step(opt, model, *shard(step, dist.get_rank()))
+        take_step(expected, alone, *batch(step))
+        model.reshard()  # as whoever keeps gathered weights must do after a step, with every optimizer
+        assert_same_weights(model, alone, 1e-10, f"step {step}")
+
+
+def test_fsdp2_without_resharding_after_backward(pair):
+    """With model= the second pass sees the perturbed weights all the same."""
+    pair(kept_after_backward)
+
+
 def one_pass_communicates_once() -> int:
     model = replicated()
     calls = []

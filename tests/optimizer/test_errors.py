@@ -11,6 +11,7 @@ from torch import nn
 
 from sam_fused import FusedSAM
 from sam_fused.extension import BUILD_COMMAND
+from tests.helpers.cases import Wrapper
 from tests.helpers.sam import both
 
 ERRORS = [
@@ -85,18 +86,6 @@ def test_the_error_names_the_sparse_gradient():
     w[2].grad = torch.ones(4).to_sparse()
     with pytest.raises(RuntimeError, match=r"param_groups\[1\]\['params'\]\[1\]\.grad: .*Sparse.*not supported"):
         opt.first_step()
-
-
-class Wrapper(torch.Tensor):
-    """A subclass that holds its values in another tensor."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        return Wrapper(torch.zeros(3)) if function is torch.ops.aten.detach.default else NotImplemented
 
 
 def test_a_wrapper_without_memory_is_refused():

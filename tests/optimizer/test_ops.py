@@ -9,7 +9,7 @@ import torch
 
 from sam_fused import _C
 from sam_fused.bases import UPDATES
-from tests.helpers.cases import CHUNK, generator
+from tests.helpers.cases import CHUNK, Wrapper, generator
 from tests.helpers.fronts import OPS, Kept
 from tests.helpers.place import DEVICE, on_the_cpu
 
@@ -431,6 +431,16 @@ def test_steps_of_a_base_that_counts_none_are_left_alone(front):
     args["steps"] = [torch.tensor(float(i)) for i in range(5)]  # more than there are parameters
     front.restore_step_(**args)
     assert [step.item() for step in args["steps"]] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["steps", "grad_scale", "found_inf", "lr"])
+def test_a_wrapper_without_memory_is_refused(name):
+    """It would be read as not given."""
+    args = arguments("restore_step_")
+    wrapper = Wrapper(torch.zeros(1, device=DEVICE))
+    args[name] = [wrapper, wrapper] if name in ("steps", "lr") else wrapper
+    with pytest.raises(RuntimeError, match=rf"{name}(\[0\])?: expected a tensor with memory of its own, got a wrapper"):
+        Kept.restore_step_(**args)
 
 
 def test_not_a_tensor():
