@@ -107,15 +107,20 @@ class Settings:
     arch: str = option("resnet18", choices=["resnet18", "vgg16", "mlp"], group="network")
     width: int = option(64, type=count, help="channels of the first stage (64 in the paper); of mlp, hidden units")
 
-    recipe: str = option("paper-text", choices=sorted(RECIPES), group="optimizer")
+    recipe: str = option(
+        "paper-text",
+        choices=sorted(RECIPES),
+        group="optimizer",
+        help="sets what is not given: what the paper's text has, or its code",
+    )
     base: str = option("adam", choices=sorted(BASES))
     method: str = option("sam", choices=["sam", "msam"], help="msam: Momentum-SAM, in one pass; the recipe's rho x 10")
     rho: float = option(type=number(float, zero=True), help="0: the plain base, its sharpness at the recipe's rho")
     measure_rho: float  # the rho that the sharpness is recorded with: rho, or where that is 0 the recipe's
     adaptive: bool = option(action=argparse.BooleanOptionalAction, help="ASAM")
     lr: float = option(type=number(float))
-    weight_decay: float = option(type=float)
-    label_smoothing: float = option(type=float)
+    weight_decay: float = option(type=number(float, zero=True))
+    label_smoothing: float = option(type=fraction)
     norm_only: bool = option(False, action="store_true", help="perturb normalisation layers alone")
     sam_from: float = option(0.0, type=fraction, metavar="F", help="no SAM before this part of the run")
     sam_every: int = option(1, type=count, metavar="K", help="ascend in every K-th step only")
@@ -134,6 +139,10 @@ class Settings:
 
 # Changing these does not make another run of it. config.json does not hold them.
 FREE_ON_RESUME = {"data", "keep_every", "out"}
+# Of a run that is older than an option.
+DEFAULTS = {
+    f.name: f.metadata["default"] for f in dataclasses.fields(Settings) if f.metadata and f.name not in FREE_ON_RESUME
+}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -145,19 +154,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if "group" in how:
             group = p.add_argument_group(how.pop("group"))
         if how:
+            if how["default"] not in (None, False):
+                how["help"] = f"{how.get('help', '')} (default: {how['default']})".lstrip()
             group.add_argument("--" + field.name.replace("_", "-"), **how)
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     return p.parse_args(argv)
 
 
 def settle(args: argparse.Namespace) -> Settings:
-    """Fill in the recipe's values."""
+    """Fill in the recipe's values.
+
+    Raises:
+        ValueError: for options that do not go together.
+    """
     recipe = {**RECIPES[args.recipe], "weight_decay": WEIGHT_DECAY}
     recipe |= {k: by_base[args.base] for k, by_base in recipe.items() if isinstance(by_base, dict)}
     if args.method == "msam":  # whose best radius is about ten times SAM's
         recipe["rho"] *= 10
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if f.metadata}
     values |= {k: v for k, v in recipe.items() if values[k] is None}
+    if args.method == "msam" and (args.sam_every != 1 or args.ascent_fraction != 1):
+        raise ValueError("--sam-every and --ascent-fraction are of SAM's first pass, which --method msam does not make")
     return Settings(**values, measure_rho=values["rho"] or recipe["rho"])
 
 
@@ -590,17 +607,21 @@ def open_run(s: Settings, resume: bool) -> tuple[dict[str, Split], dict[str, Spl
     out = Path(s.out)
     config, checkpoint = out / "config.json", out / "checkpoint.pt"
     settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in FREE_ON_RESUME}
-    content = {"settings": settings, "environment": environment(s.device)}
+    content: dict[str, Any] = {"settings": settings, "environment": environment(s.device)}
     if not rank():  # the first process sees to the folder
         if not resume and (config.exists() or checkpoint.exists()):
             raise RunError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
         if config.exists():
-            held = json.loads(config.read_text())
+            held: dict[str, Any] = json.loads(config.read_text())
             # each process perturbs by its own part of a batch
-            was, now = ({**c["settings"], "processes": c["environment"]["processes"]} for c in (held, content))
+            was, now = ({**c["settings"], "processes": c["environment"].get("processes", 1)} for c in (held, content))
             for name, value in now.items():
-                if was.get(name, value) != value:
+                if was.get(name, DEFAULTS.get(name, value)) != value:
                     raise RunError(f"--resume: {out} was run with {name} = {was.get(name)!r}, not {value!r}")
+            machines = [held["environment"], *held.get("resumed_on", [])]
+            if content["environment"] not in machines:
+                machines.append(content["environment"])
+            content = {"settings": settings, "environment": machines[0], "resumed_on": machines[1:]}
     splits = load_data(s)  # before the folder is made: a start that fails leaves nothing
     before_last = dict(splits)
     if s.eval_size == 0:

@@ -1,1 +1,1 @@
-"""The paper's Table I and figures, and what its sharpness says: table1 and sharpness_study are commands."""
+"""Experiments: the paper's Table I and what its sharpness says, wrong labels, rounding, the demo."""

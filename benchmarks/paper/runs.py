@@ -1,6 +1,7 @@
 """The runs of a sweep: a folder each while they train, or all in one file, runs.jsonl.gz.
 
     python -m benchmarks.paper.runs runs/cpu-fair results/cpu-fair   # writes results/cpu-fair/runs.jsonl.gz
+    python -m benchmarks.paper.runs --grids results/large-fair runs/all-fair   # for a sweep that chooses by the same
     zcat results/cpu-fair/runs.jsonl.gz | head
 
 It has a line for a run's config.json, {"run": name, "config": {...}}; then one for each line of its metrics.jsonl,
@@ -36,8 +37,6 @@ NETWORKS = {"resnet18": "ResNet18", "vgg16": "VGG16"}
 STYLE = {"sgd": "C0--", "sgd+sam": "C0-", "sgd+msam": "C0:", "adam": "C1--", "adam+sam": "C1-", "adam+msam": "C1:"}
 GRID = "grid/"  # the names of runs that something is chosen by begin with it
 PACKED = "runs.jsonl.gz"
-# What runs lack that are older than the option.
-OLDER = {"method": "sam", "validate": None, "amp": None}
 
 
 @dataclass
@@ -51,11 +50,16 @@ class Result:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**OLDER, **self.config["settings"]}
+        return {**train.DEFAULTS, **self.config["settings"]}  # an old run lacks younger options
 
     @property
     def environment(self) -> dict[str, Any]:
         return self.config["environment"]
+
+    @property
+    def cpus(self) -> list[str]:
+        """Of the machine that it began on, and of those that it went on on."""
+        return [e["cpu"] for e in (self.environment, *self.config.get("resumed_on", []))]
 
     @property
     def cell(self) -> tuple[str, str]:
@@ -70,6 +74,11 @@ class Result:
     def finished(self) -> bool:
         return len(self.metrics) == self.settings["epochs"]
 
+    @property
+    def why_not(self) -> str | None:
+        """Why it is in no table, if it is not."""
+        return self.failed or (None if self.finished else f"{len(self.metrics)} of {self.settings['epochs']} epochs")
+
     def outcome(self, key: str, digits: int) -> str:
         """The last epoch's ``key`` in %, or why there is none."""
         if self.failed:
@@ -80,6 +89,15 @@ class Result:
         """As recorded, by epoch, at ``rho``: to first order it is proportional to it. NaN of Momentum-SAM's runs."""
         scale = rho / self.settings["measure_rho"]
         return [float("nan") if m["sharpness"] is None else m["sharpness"] * scale for m in self.metrics]
+
+
+def cpus_of(results: Iterable[Result]) -> str:
+    return ", ".join(sorted({cpu for r in results for cpu in r.cpus}))
+
+
+def left_out(results: Iterable[Result]) -> list[str]:
+    """Lines for the runs that are in no table."""
+    return [line for r in results if r.why_not for line in ("", f"Not in the tables: {r.name}, {r.why_not}.")]
 
 
 def recorded(cells: dict[tuple[str, str], list[Result]]) -> dict[tuple[str, str], list[Result]]:
@@ -165,14 +183,21 @@ def read_runs(out: Path) -> list[Result]:
     return [found[name] for name in sorted(found)]
 
 
-def pack(out: Path, to: Path) -> Path:
-    """Write all runs of ``out`` to ``to``/runs.jsonl.gz, and return its path.
+def pack(out: Path, to: Path, grids: bool = False) -> Path:
+    """Write the runs of ``out`` to ``to``/runs.jsonl.gz, and return its path.
+
+    Args:
+        grids: only the runs that something is chosen by.
 
     Raises:
-        train.RunError: if there are none.
+        train.RunError: if there are none, or if the file is there and has runs that would be lost.
     """
     lines = []
-    for r in read_runs(out):
+    results = [r for r in read_runs(out) if r.in_grid or not grids]
+    lost = read_packed(to).keys() - {r.name for r in results}
+    if lost:
+        raise train.RunError(f"{to / PACKED} has {len(lost)} runs that would be lost, such as {min(lost)}")
+    for r in results:
         ending = [] if r.failed is None else [{"failed": r.failed}]
         rows = ({"config": r.config}, *map(_rounded, r.metrics), *ending)
         lines += [json.dumps({"run": r.name, **row}) + "\n" for row in rows]
@@ -192,8 +217,9 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path, help="the folder of a sweep")
     p.add_argument("to", type=Path, help="the folder that gets runs.jsonl.gz")
+    p.add_argument("--grids", action="store_true", help="only the runs that something is chosen by")
     args = p.parse_args(argv)
-    return train.exit_status("runs.py", lambda: print(pack(args.out, args.to)), "nothing was written")
+    return train.exit_status("runs.py", lambda: print(pack(args.out, args.to, args.grids)), "nothing was written")
 
 
 if __name__ == "__main__":

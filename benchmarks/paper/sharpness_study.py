@@ -60,6 +60,13 @@ def batches_of(r: Result, args: argparse.Namespace) -> list[tuple[torch.Tensor, 
     return [(normalize(split.images[i]), split.labels[i]) for i in order.split(s.batch_size)]
 
 
+def weights_of(r: Result, args: argparse.Namespace) -> dict[int, Path]:
+    """By the epochs that are measured."""
+    paths = sorted((args.runs / r.name).glob("weights-*.pt"))
+    kept = {int(path.stem.removeprefix("weights-")): path for path in paths}
+    return {e: path for e, path in kept.items() if e in (min(kept), r.settings["epochs"]) or e % args.every == 0}
+
+
 def measure(r: Result, args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each epoch that is measured; the last one's has the values by rho."""
     s = r.settings
@@ -69,13 +76,13 @@ def measure(r: Result, args: argparse.Namespace) -> list[dict[str, Any]]:
     common = {"model": model, "batches": batches, "adaptive": adaptive}
     common["loss_fn"] = lambda logits, y: F.cross_entropy(logits, y, label_smoothing=s["label_smoothing"])
 
-    folder, last = args.runs / r.name, s["epochs"]
-    kept = {int(path.stem.removeprefix("weights-")): path for path in sorted(folder.glob("weights-*.pt"))}
-    if last not in kept:
-        raise train.RunError(f"{folder / f'weights-{last:04}.pt'} is not there: train with table1.py --keep-every K")
+    weights = weights_of(r, args)
+    if s["epochs"] not in weights:
+        missing = args.runs / r.name / f"weights-{s['epochs']:04}.pt"
+        raise train.RunError(f"{missing} is not there: train with table1.py --keep-every K")
     rows = []
-    for epoch in [e for e in kept if e in (min(kept), last) or e % args.every == 0]:
-        model.load_state_dict(torch.load(kept[epoch], weights_only=True))
+    for epoch, path in weights.items():
+        model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
         row = {kind: measure_sharpness(**common, rho=rho, kind=kind).value for kind in KINDS[:2]}
         generator = torch.Generator().manual_seed(0)
         row["average"], row["standard_error"] = measure_sharpness(
@@ -92,9 +99,19 @@ def measure(r: Result, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def study(args: argparse.Namespace, results: list[Result]) -> dict[str, list[dict[str, Any]]]:
-    """By the run's name. What sharpness.json has already is not measured again."""
+    """By the run's name. What sharpness.json has already is not measured again.
+
+    Raises:
+        train.RunError: if it has other epochs of a run than would be measured now.
+    """
     path = args.runs / "sharpness.json"
     held = json.loads(path.read_text()) if path.exists() else {}
+    for r in results:
+        epochs, measured = list(weights_of(r, args)), [row["epoch"] for row in held.get(r.name, [])]
+        if epochs and measured and epochs != measured:
+            raise train.RunError(
+                f"{path} has {r.name} in epochs {measured}, not {epochs}: remove it, or give the same --every"
+            )
     for r in tqdm([r for r in results if r.name not in held], desc="sharpness", disable=None):
         torch.set_num_threads(args.threads)
         held[r.name] = measure(r, args)

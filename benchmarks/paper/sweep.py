@@ -187,12 +187,12 @@ def tune(
     second: list[Run] = []
     chosen: dict[tuple[Case, str], dict[str, float]] = {}
 
-    def choose(case: Case, method: str, grid: Grid, at: dict[str, float]) -> tuple[list[Run], dict[str, float]]:
-        def with_value(found: dict[str, float]) -> Run:
-            [(name, value)] = found.items()
-            return run_at(case, method, f"{name}{value:g}", {**at, **found})
+    def run_with(case: Case, method: str, found: dict[str, float], at: dict[str, float]) -> Run:
+        [(name, value)] = found.items()
+        return run_at(case, method, f"{name}{value:g}", {**at, **found})
 
-        runs, found = search(grid, with_value, key, extend)
+    def choose(case: Case, method: str, grid: Grid, at: dict[str, float]) -> tuple[list[Run], dict[str, float]]:
+        runs, found = search(grid, lambda found: run_with(case, method, found, at), key, extend)
         return runs, {**at, **found}
 
     for case, rate in rates.items():
@@ -200,9 +200,13 @@ def tune(
         first += runs
         for method, grid in methods.items():
             chosen[case, method] = lr
-            if grid is not None:
+            if grid is None:
+                continue
+            if lr:
                 runs, chosen[case, method] = choose(case, method, grid, lr)
-                second += runs
+            else:  # there is nothing to compare finished runs with yet
+                runs = [run_with(case, method, grid.at(k), {}) for k in range(grid.first, grid.last + 1)]
+            second += runs
     return first, second, chosen
 
 
@@ -259,8 +263,8 @@ def sweep(
                     now = work_done(everyone)
                     left = tqdm.format_interval((time.monotonic() - start) * (bar.total - now) / (now - before))
                     done = sum(r.work_done() >= 1 for r in everyone)
-                    result = run.result()
-                    outcome = result.failed or f"test accuracy {result.metrics[-1]['test_acc']:.2%}"
+                    result, of = run.result(), "held-out" if run.settings.holdout else "test"
+                    outcome = result.failed or f"{of} accuracy {result.metrics[-1]['test_acc']:.2%}"
                     bar.write(f"{run.name}: {outcome}; {done} of {len(everyone)} runs, {left} left")
                     break
                 else:  # they are with other processes, and only a later stage needs them
@@ -294,6 +298,9 @@ def command(
     def run() -> None:
         if not args.report_only:
             sweep(plan, title, args.max_runs, keep_checkpoints)
+            if not any(run.finished() for run in plan()[-1]):
+                print("no run of the table is finished yet; the same command goes on")
+                return
         print(report(args.out))
 
     return train.exit_status(program, run, f"{args.out} keeps the runs and whole epochs: the same command goes on")

@@ -116,6 +116,7 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
             suffix,
             prefix=GRID,
             seed=GRID_SEED,
+            keep_every=None,
             holdout=args.holdout,
             validate=None,
             **args.grid,
@@ -168,10 +169,13 @@ def dry_run(args: argparse.Namespace) -> None:
     stages = plan(args)
     measured: dict[tuple[str, str, bool], tuple[float, float]] = {}
     total = left = 0.0
+    decided = True
     for i, stage in enumerate(stages):
-        decided = i == 0 or all(run.finished() for run in stages[i - 1])
+        decided = i == 0 or (decided and all(run.finished() for run in stages[i - 1]))
         for run in stage:
             s, held = run.settings, run.result()
+            if decided:
+                run.finished()  # an error now, and not after hours
             key = (s.arch, s.method, s.rho > 0)
             if key not in measured:
                 measured[key] = seconds_of(s)

@@ -17,7 +17,19 @@ import train
 from ..plots import band, figure, legend_above, log_scale, plt
 from ..tables import table
 from .intervals import t_interval
-from .runs import NETWORKS, OPTIMIZERS, STYLE, Result, by_cell, networks_of, of_network, read_runs, recorded
+from .runs import (
+    NETWORKS,
+    OPTIMIZERS,
+    STYLE,
+    Result,
+    by_cell,
+    cpus_of,
+    left_out,
+    networks_of,
+    of_network,
+    read_runs,
+    recorded,
+)
 
 #: Test accuracy in %, mean and standard deviation over three seeds: Table I of the paper.
 PAPER = {
@@ -112,7 +124,7 @@ def header(results: list[Result], recipe: str) -> list[str]:
         "",
         f"{s['dataset']}, {size} training images, width {', '.join(widths.values())}, {values('epochs')} epochs, batch "
         f"{values('batch_size')}{tested}; torch {values('torch', 'environment')}, "
-        f"{values('gpu', 'environment') if s['device'] != 'cpu' else values('cpu', 'environment')}.",
+        f"{values('gpu', 'environment') if s['device'] != 'cpu' else cpus_of(results)}.",
         "",
         "Test accuracy after the last epoch in %, mean ± sample standard deviation over the seeds:",
         "",
@@ -184,10 +196,7 @@ def markdown(results: list[Result], grid: list[Result], recipe: str, common_rho:
     if chosen := [*grid_rows(grid, "lr"), *grid_rows(grid, "rho")]:
         lines += ["", "Accuracy on the held-out training images by which lr and rho were chosen:", ""]
         lines += table([""] * 4, chosen)
-    for r in results:
-        if not r.finished:
-            lines += ["", f"Not in the table: {r.name}, {len(r.metrics)} of {r.settings['epochs']} epochs."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *left_out(results)]) + "\n"
 
 
 def comma_separated(results: list[Result]) -> str:

@@ -54,6 +54,8 @@ def test_command(at, monkeypatch):
         case ["pip", "install", *_]:
             # test_package.py builds; with isolation pip would build against another torch
             assert "." not in words or "--no-build-isolation" in words
+        case ["python", "-m", "pytest", path, *_]:
+            assert (ROOT / path).exists()
         case ["python", "-m", module, *arguments]:
             parses(module, arguments, monkeypatch)
         case ["python", "train.py", *_] | ["torchrun", "--nproc-per-node", _, "train.py", *_]:

@@ -107,7 +107,9 @@ def test_a_whole_sweep(tmp_path, monkeypatch, capsys):
         "1",
     ]
     live = tmp_path / "live"
-    assert noise.main([*flags, "--max-runs", "3", "--out", str(live)]) == 1
+    assert noise.main([*flags, "--max-runs", "3", "--out", str(live)]) == 0
+    assert "no run of the table is finished yet" in capsys.readouterr().out
+    assert noise.main(["--report-only", "--out", str(live)]) == 1
     assert "holds no finished runs" in capsys.readouterr().err
     assert noise.main([*flags, "--out", str(live)]) == 0
     assert len(trained) == len({s.out for s in trained})  # none was trained twice

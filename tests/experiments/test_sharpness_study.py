@@ -36,6 +36,9 @@ def test_the_study_of_a_sweep(tmp_path, capsys):
     assert text.count("| VGG16 | Adam + SAM |") == 3
     assert text.count("| VGG16 | Adam + Momentum-SAM |") == 2  # which records no sharpness in training
     assert "nan" not in text
+    capsys.readouterr()
+    assert study.main([*flags, "--images", "60", "--every", "5"]) == 1
+    assert "has vgg16-adam+msam-0 in epochs [1, 2, 3], not [1, 3]" in capsys.readouterr().err
     for path in tmp_path.glob("*/*.pt"):
         path.unlink()
     (tmp_path / "sharpness.md").unlink()

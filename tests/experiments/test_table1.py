@@ -97,8 +97,7 @@ def test_the_large_preset(trained, tmp_path, monkeypatch):
 
 def test_the_preset_of_all_images_chooses_by_the_large_one_s_runs(tmp_path):
     """It begins with those that were run for results/large-fair, and trains on all images only in its table."""
-    held = ROOT / "results" / "large-fair" / runs.PACKED
-    (tmp_path / runs.PACKED).write_bytes(held.read_bytes())
+    assert runs.main(["--grids", str(ROOT / "results" / "large-fair"), str(tmp_path)]) == 0
     flags = ["--preset", "all", "--recipe", "fair", "--archs", "vgg16", "--bases", "adam", "--out", str(tmp_path)]
     rates, rhos, last = table1.plan(table1.parse(flags))
     assert all(run.finished() for run in rates + rhos)
@@ -106,6 +105,17 @@ def test_the_preset_of_all_images_chooses_by_the_large_one_s_runs(tmp_path):
     assert found == ({0.001}, {("sam", 0), ("sam", 0.0015), ("msam", 0.05)})
     assert {(run.settings.train_size, run.settings.validate, run.settings.epochs) for run in last} == {(None, None, 30)}
     assert len(last) == 9
+    assert not any(run.finished() for run in last)
+
+
+def test_packing_loses_no_runs(tmp_path, capsys):
+    """A folder with some of the runs does not take the place of all of them."""
+    large, to = ROOT / "results" / "large-fair", tmp_path / "to"
+    assert runs.main([str(large), str(to)]) == 0
+    before = (to / runs.PACKED).read_bytes()
+    assert runs.main(["--grids", str(large), str(to)]) == 1
+    assert "has 36 runs that would be lost, such as resnet18-adam" in capsys.readouterr().err
+    assert (to / runs.PACKED).read_bytes() == before
 
 
 def test_finished_runs_are_skipped_also_without_their_checkpoint(trained, tmp_path, capsys):
@@ -211,9 +221,10 @@ def test_two_processes_share_a_sweep(tmp_path):
     assert len(names) == len(set(names)) == 12
 
 
-def test_the_fair_recipe_takes_the_best_of_its_grids(trained, tmp_path, monkeypatch):
+def test_the_fair_recipe_takes_the_best_of_its_grids(trained, tmp_path, capsys):
     flags = [*SMALL, "--recipe", "fair", "--seeds", "0", "--out", str(tmp_path)]
-    table1.main([*flags, "--max-runs", "3"])
+    assert table1.main([*flags, "--max-runs", "3"]) == 0
+    assert "no run of the table is finished yet" in capsys.readouterr().out
     for lr, accuracy in (("0.0003", 0.3), ("0.001", 0.2), ("0.003", 0.9)):
         path = tmp_path / "grid" / f"vgg16-adam-lr{lr}" / "metrics.jsonl"
         rows = [json.loads(x) for x in path.read_text().splitlines()]
@@ -225,6 +236,11 @@ def test_the_fair_recipe_takes_the_best_of_its_grids(trained, tmp_path, monkeypa
     stages = table1.plan(table1.parse(flags))
     assert [len(stage) for stage in stages] == [3, 3, 2]
     base, sam = (run.settings for run in stages[2])
+    (tmp_path / "grid" / "vgg16-adam-lr0.003" / "metrics.jsonl").rename(tmp_path / "kept")
+    stages = table1.plan(table1.parse(flags))  # a learning rate that is not chosen yet is compared with no run's
+    assert [len(stage) for stage in stages] == [3, 3, 2]
+    assert not stages[0][2].finished()
+    (tmp_path / "kept").rename(tmp_path / "grid" / "vgg16-adam-lr0.003" / "metrics.jsonl")
     assert (base.lr, base.rho, base.holdout) == (3e-3, 0, None)
     assert sam.lr == 3e-3
     assert sam.rho in (0.015, 0.15)
@@ -252,7 +268,7 @@ def test_a_run_that_diverges_does_not_end_the_sweep(trained, tmp_path, monkeypat
     assert trained == ["vgg16-adam-0", "vgg16-adam+sam-0"]
     printed = capsys.readouterr().out
     assert "vgg16-adam-0: the training loss is nan" in printed
-    assert "Not in the table: vgg16-adam-0, 0 of 2 epochs" in printed
+    assert "Not in the tables: vgg16-adam-0, the training loss is nan at batch 0." in printed
 
 
 def test_the_paper_preset_is_the_papers(capsys):

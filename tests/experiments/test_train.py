@@ -48,11 +48,29 @@ def test_a_flag_given_by_hand_wins():
     assert (s.rho, s.measure_rho, s.adaptive, s.lr, s.label_smoothing) == (0.0, 2.0, False, 0.3, 0.0)
 
 
-@pytest.mark.parametrize("flags", [["--ascent-fraction", "0"], ["--sam-every", "0"], ["--lr", "-1"], ["--arch", "vit"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--ascent-fraction", "0"],
+        ["--sam-every", "0"],
+        ["--lr", "-1"],
+        ["--arch", "vit"],
+        ["--weight-decay", "-1"],
+        ["--label-smoothing", "1.5"],
+    ],
+)
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit):
         train.parse(flags)
     assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--sam-every", "2"], ["--ascent-fraction", "0.5"]])
+def test_options_of_the_first_pass_are_not_for_momentum_sam(flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main([*TINY, "--method", "msam", *flags, "--out", str(out)]) == 1
+    assert "--sam-every and --ascent-fraction are of SAM's first pass" in capsys.readouterr().err
+    assert not out.exists()
 
 
 # ---- data ----
@@ -658,6 +676,20 @@ def test_a_start_that_fails_leaves_nothing(flag, tmp_path, capsys):
     assert train.main([*TINY, flag, "100000", "--epochs", "1", "--out", str(out)]) == 1
     assert flag in capsys.readouterr().err
     assert train.main([*TINY, "--epochs", "1", "--out", str(out)]) == 0
+
+
+def test_the_config_names_every_machine(tmp_path):
+    """A run that was cut on one and finished on another."""
+    out = tmp_path / "run"
+    assert train.main([*TINY, "--epochs", "1", "--out", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    config["environment"]["cpu"] = "the first machine"
+    (out / "config.json").write_text(json.dumps(config))
+    for _ in range(2):
+        assert train.main([*TINY, "--epochs", "1", "--out", str(out), "--resume"]) == 0
+    after = json.loads((out / "config.json").read_text())
+    assert after["environment"] == config["environment"]
+    assert [e["cpu"] for e in after["resumed_on"]] == [train.environment()["cpu"]]
 
 
 def test_another_number_of_processes_does_not_go_on(tmp_path, capsys):

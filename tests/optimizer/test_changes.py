@@ -439,6 +439,7 @@ def test_two_optimizers_on_one_network(cls):
     two.first_step()
     one.second_step()
     before = model[1].running_mean.clone()
+    model.zero_grad()
     model(x).sum().backward()
     assert torch.equal(model[1].running_mean, before)
     two.second_step()
