@@ -111,7 +111,7 @@ class Settings:
         "paper-text",
         choices=sorted(RECIPES),
         group="optimizer",
-        help="sets what is not given: what the paper's text has, or its code",
+        help="for options that are not given: the values of the paper's text, or of its code",
     )
     base: str = option("adam", choices=sorted(BASES))
     method: str = option("sam", choices=["sam", "msam"], help="msam: Momentum-SAM, in one pass; the recipe's rho x 10")
@@ -154,7 +154,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if "group" in how:
             group = p.add_argument_group(how.pop("group"))
         if how:
-            if how["default"] not in (None, False):
+            if how["default"] is not None and how["default"] is not False:
                 how["help"] = f"{how.get('help', '')} (default: {how['default']})".lstrip()
             group.add_argument("--" + field.name.replace("_", "-"), **how)
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
@@ -174,7 +174,7 @@ def settle(args: argparse.Namespace) -> Settings:
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if f.metadata}
     values |= {k: v for k, v in recipe.items() if values[k] is None}
     if args.method == "msam" and (args.sam_every != 1 or args.ascent_fraction != 1):
-        raise ValueError("--sam-every and --ascent-fraction are of SAM's first pass, which --method msam does not make")
+        raise ValueError("--sam-every and --ascent-fraction apply to SAM's first pass; --method msam has none")
     return Settings(**values, measure_rho=values["rho"] or recipe["rho"])
 
 
@@ -594,6 +594,10 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 class RunError(Exception):
     """The run's folder is not as expected."""
 
@@ -616,10 +620,12 @@ def open_run(s: Settings, resume: bool) -> tuple[dict[str, Split], dict[str, Spl
             # each process perturbs by its own part of a batch
             was, now = ({**c["settings"], "processes": c["environment"].get("processes", 1)} for c in (held, content))
             for name, value in now.items():
-                if was.get(name, DEFAULTS.get(name, value)) != value:
-                    raise RunError(f"--resume: {out} was run with {name} = {was.get(name)!r}, not {value!r}")
+                before = was.get(name, DEFAULTS.get(name, value))
+                if before != value:
+                    raise RunError(f"--resume: {out} was run with {name} = {before!r}, not {value!r}")
             machines = [held["environment"], *held.get("resumed_on", [])]
-            if content["environment"] not in machines:
+            goes_on = checkpoint.exists() and len(json_lines(out / "metrics.jsonl")) < s.epochs
+            if goes_on and content["environment"] not in machines:
                 machines.append(content["environment"])
             content = {"settings": settings, "environment": machines[0], "resumed_on": machines[1:]}
     splits = load_data(s)  # before the folder is made: a start that fails leaves nothing

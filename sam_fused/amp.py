@@ -12,7 +12,7 @@ ATTRIBUTES = ("grad_scale", "found_inf")
 
 
 def forget(opt: Optimizer) -> None:
-    """Take away what GradScaler.step leaves behind where it raises: the next one would multiply its scale by it."""
+    """Remove what GradScaler.step leaves behind when it raises; the next one would multiply its own scale by it."""
     for name in ATTRIBUTES:
         opt.__dict__.pop(name, None)
 

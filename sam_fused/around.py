@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from . import amp
 from .arithmetic import Arithmetic
+from .distributed import fsdp_modules
 from .geometry import check_options
 from .parameters import check_group, check_memory
 
@@ -66,6 +67,7 @@ class Around(Optimizer):
     def _set_up(self) -> None:
         """Make what is not copied: called by ``__init__``, and after copying and unpickling."""
         self._arithmetic = self.arithmetic(self.base_optimizer)
+        self._fsdp: tuple[nn.Module | None, list[Any]] = None, []  # a model, and the modules in it that FSDP2 manages
         self.base_optimizer.register_load_state_dict_pre_hook(_adapted)
 
     # ---- one list of parameter groups, one state and one set of defaults, the base's ----
@@ -126,6 +128,8 @@ class Around(Optimizer):
 
     @_disable_dynamo
     def _restore(self) -> None:
+        if self._arithmetic.record is not None:
+            self._gather_again()
         self._arithmetic.restore()
         self._moved()
         amp.forget(self)
@@ -133,6 +137,13 @@ class Around(Optimizer):
     def _moved(self) -> None:
         """The weights are elsewhere than they were; autocast's outermost context may hold casts of them."""
         torch.clear_autocast_cache()
+
+    def _gather_again(self) -> None:
+        """What FSDP2 holds of the other processes' weights is not theirs any more."""
+        if self._fsdp[0] is not self.model:
+            self._fsdp = self.model, [] if self.model is None else fsdp_modules(self.model)
+        for module in self._fsdp[1]:
+            module.reshard()
 
     def _updated(self) -> None:
         """The base's update is done; a scheduler that was given the base asks for this."""

@@ -136,12 +136,6 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
-def gather_again(model: nn.Module | None) -> None:
-    """What FSDP2 holds of the other processes' weights is not theirs any more."""
-    for module in fsdp_modules(model) if model is not None else ():
-        module.reshard()
-
-
 # ---- values of several processes ----
 
 

@@ -79,5 +79,5 @@ def only_ascending(groups: Sequence[dict[str, Any]]) -> Iterator[None]:
             for p in resting:
                 p.requires_grad_(True)
     finally:
-        for p in resting:  # an interrupt may have ended the first loop
+        for p in resting:  # an interrupt may have cut the loop above short
             p.requires_grad_(True)

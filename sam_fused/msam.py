@@ -17,7 +17,7 @@ from .arithmetic import MARK
 from .around import Around
 from .bases import check_moments
 from .buffers import fits
-from .distributed import gather_again, local
+from .distributed import local
 from .fused import Fused
 from .hooks import attach
 from .parameters import name_of
@@ -91,11 +91,11 @@ class MSAM(Around):
                     "step() was called after load_state_dict(), with gradients of the clean weights; call train() "
                     "before the forward pass, or construct with model=..."
                 )
-            if self._passes == {"eval"}:
+            if self._passes == {"eval"} and any(group["rho"] > 0 for group in self.param_groups):
                 warnings.warn(
-                    "the model is in eval mode, which shows it its clean weights: this is the step of "
-                    f"{type(self.base_optimizer).__name__}, without SAM. Call model.train() before the forward pass; "
-                    "to freeze BatchNorm or dropout, call eval() on these layers alone",
+                    "every forward pass since the last step was in eval mode, which uses the clean weights: this is "
+                    f"the step of {type(self.base_optimizer).__name__}, without SAM. Call model.train() before the "
+                    "forward pass; to freeze BatchNorm or dropout, call eval() on these layers alone",
                     stacklevel=4,  # above the two wrappers that torch puts around step
                 )
             self._passes.clear()
@@ -135,6 +135,7 @@ class MSAM(Around):
         """Perturb the weights again, to the same bits; to be called before a forward pass for training."""
         self._check_not_borrowed("train()")
         self._training = True
+        self._passes.add("train")
         self._perturb()
 
     @_disable_dynamo
@@ -145,11 +146,6 @@ class MSAM(Around):
             self._restore()
 
     @_disable_dynamo
-    def _restore(self) -> None:
-        gather_again(self.model)
-        super()._restore()
-
-    @_disable_dynamo
     @torch.no_grad()
     def _perturb(self) -> None:
         self._loaded = False
@@ -157,7 +153,7 @@ class MSAM(Around):
             return
         direction = self._arithmetic.momenta()
         if direction:
-            gather_again(self.model)
+            self._gather_again()
             self._marks = None
             self._arithmetic.perturb(direction, self._arithmetic.measure(direction))
             self._moved()

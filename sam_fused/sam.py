@@ -17,12 +17,13 @@ from . import amp
 from .arithmetic import GRAD_NORM, NORM, SHARPNESS, Readings
 from .around import Around
 from .batchnorm import FrozenStatistics
-from .distributed import any_replica, gather_again, unsynchronized
+from .distributed import any_replica, unsynchronized
 from .fused import Fused
 from .geometry import radii
 from .groups import only_ascending
 from .parameters import Group
 from .reference import Reference
+from .watch import ADDED, Watch
 
 
 class SAM(Around):
@@ -60,7 +61,7 @@ class SAM(Around):
     def _set_up(self) -> None:
         super()._set_up()
         self._statistics = FrozenStatistics()
-        self._watched: tuple[Tensor, Tensor, int] | None = None
+        self._watch: Watch | None = None
 
     # ---- steps ----
 
@@ -97,8 +98,8 @@ class SAM(Around):
                         stacklevel=4,  # above the two wrappers that torch puts around step
                     )
                     self._warned_or_ascended = True
-                if self._passes_add_up():
-                    warnings.warn(_ADD_UP, stacklevel=4)
+                if self._end_watch():
+                    warnings.warn(ADDED, stacklevel=4)
                 self._descend()
             except BaseException:
                 amp.forget(self)
@@ -115,8 +116,8 @@ class SAM(Around):
                 self.first_step()
             with torch.enable_grad():
                 last_loss = closure()
-            if self._passes_add_up():
-                warnings.warn(_ADD_UP, stacklevel=4)
+            if self._end_watch():
+                warnings.warn(ADDED, stacklevel=4)
             if self.scaler is None:
                 self._descend()
             else:
@@ -146,23 +147,19 @@ class SAM(Around):
     def _ascend(self) -> None:
         """The first half of a step."""
         self._arithmetic.perturb(self._measure(), self._readings.values)
+        self._gather_again()
         self._moved()
         if self.model is not None:
-            gather_again(self.model)
             self._statistics.freeze(self.model)
-        self._watched = _small_gradient(self.param_groups)
+        self._watch = Watch(self.param_groups)
 
     @_disable_dynamo
-    def _passes_add_up(self) -> bool:
-        """Whether the second pass has added its gradients to those of the first, as far as one gradient shows.
-
-        Where the first ones are zeroed, the second are other tensors, or have been written to twice.
-        """
-        watched, self._watched = self._watched, None
-        if watched is None:
-            return False
-        p, grad, version = watched
-        return p.grad is grad and grad._version == version + 1
+    def _end_watch(self) -> bool:
+        """Whether the second pass has added its gradients to those of the first."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.end()
+        return watch is not None and bool(watch.added)
 
     @_disable_dynamo
     def _descend(self) -> None:
@@ -182,7 +179,7 @@ class SAM(Around):
     def _restore(self) -> None:
         super()._restore()
         self._statistics.thaw()
-        self._watched = None
+        self._end_watch()
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -218,6 +215,11 @@ class SAM(Around):
         self.step()
         if zero_grad:
             self.zero_grad()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As :meth:`torch.optim.Optimizer.zero_grad`."""
+        super().zero_grad(set_to_none)
+        self._end_watch()  # on a GPU zeros may be written without being counted
 
     @torch.no_grad()
     def measure_sharpness(self) -> None:
@@ -269,24 +271,10 @@ class SAM(Around):
         return mean
 
 
-_ADD_UP = (
-    "the second pass added its gradients to the first pass's, which were not zeroed, so the update gets their sum. "
-    "Call zero_grad() in the closure, or first_step(zero_grad=True). To accumulate gradients over batches, let the "
-    "closure zero them once and go through all the batches"
-)
-
-
 def _no_readings(device: torch.device) -> Readings:
     """Written in place from now on: a CUDA graph may hold them."""
     values = torch.full((3,), math.nan, dtype=torch.float64, device=device)
     return Readings(values, torch.zeros(2, dtype=torch.float64, device=device))
-
-
-def _small_gradient(groups: list[Group]) -> tuple[Tensor, Tensor, int] | None:
-    """A parameter, its gradient and how often that was written to; a small one, as whoever has it keeps it alive."""
-    params = (p for group in groups for p in group["params"])
-    found = ((p, p.grad) for p in params if p.grad is not None and p.numel() <= 2**16 and not p.grad.is_inference())
-    return next(((p, grad, grad._version) for p, grad in found), None)
 
 
 def _trains(group: Group) -> bool:

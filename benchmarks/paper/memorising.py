@@ -28,7 +28,7 @@ import train
 
 from ..plots import band, figure, legend_above
 from ..tables import percent, table
-from .runs import OPTIMIZERS, Result, cpus_of, read_packed, read_runs
+from .runs import OPTIMIZERS, Result, machines_of, read_packed, read_runs
 from .sweep import Run, command, command_line
 
 SHARED: dict[str, Any] = {"dataset": "digits", "validate": 287, "no_augment": True, "rho": 0, "threads": 1}
@@ -143,7 +143,7 @@ def markdown(results: list[Result]) -> str:
         "",
         f"{r.settings['dataset']}, plain SGD with lr {LEARNING_RATES['sgd']:g} and Adam with lr "
         f"{LEARNING_RATES['adam']:g}, {r.settings['validate']} images for validation, whose labels are wrong in the "
-        f"same part; seeds {', '.join(map(str, seeds))}; torch {r.environment['torch']}, {cpus_of(results)}.",
+        f"same part; seeds {', '.join(map(str, seeds))}; torch {r.environment['torch']}, {machines_of(results)}.",
         "",
         "Best and last: test accuracy in the best and after the last epoch, in %. Memorised: share of the wrong "
         "training labels that are given back after the last epoch, in %. Seen: the first epoch in which at least "

@@ -30,7 +30,7 @@ import train
 from ..plots import band, figure, legend_above
 from ..tables import percent, table
 from .intervals import t_interval
-from .runs import GRID, OPTIMIZERS, Result, cpus_of, left_out, read_packed, read_runs
+from .runs import GRID, OPTIMIZERS, Result, left_out, machines_of, read_packed, read_runs
 from .sweep import GRID_SEED, LEARNING_RATES, Case, Grid, Run, command, command_line, tune
 
 
@@ -224,7 +224,7 @@ def markdown(results: list[Result], grid: list[Result]) -> str:
         "",
         f"{s['dataset']}, {size}{s['validate']:,} images for validation, no augmentation, {s['arch']} of width "
         f"{s['width']}, {s['epochs']} epochs, batch {s['batch_size']}; torch {environment['torch']}, "
-        f"{cpus_of(results)}, {environment['threads']} thread. Seeds {', '.join(map(str, first))}. Learning rate "
+        f"{machines_of(results)}, {environment['threads']} thread. Seeds {', '.join(map(str, first))}. Learning rate "
         "and number by the accuracy on the validation images, whose labels are wrong in the same part. Test labels "
         "are right.",
         "",

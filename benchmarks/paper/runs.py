@@ -1,7 +1,7 @@
 """The runs of a sweep: a folder each while they train, or all in one file, runs.jsonl.gz.
 
     python -m benchmarks.paper.runs runs/cpu-fair results/cpu-fair   # writes results/cpu-fair/runs.jsonl.gz
-    python -m benchmarks.paper.runs --grids results/large-fair runs/all-fair   # for a sweep that chooses by the same
+    python -m benchmarks.paper.runs --grids results/large-fair runs/all-fair   # for a sweep that chooses from them
     zcat results/cpu-fair/runs.jsonl.gz | head
 
 It has a line for a run's config.json, {"run": name, "config": {...}}; then one for each line of its metrics.jsonl,
@@ -57,9 +57,9 @@ class Result:
         return self.config["environment"]
 
     @property
-    def cpus(self) -> list[str]:
-        """Of the machine that it began on, and of those that it went on on."""
-        return [e["cpu"] for e in (self.environment, *self.config.get("resumed_on", []))]
+    def machines(self) -> list[str]:
+        """The one that it began on, and those that it was resumed on: the GPU, or else the CPU."""
+        return [e.get("gpu") or e["cpu"] for e in (self.environment, *self.config.get("resumed_on", []))]
 
     @property
     def cell(self) -> tuple[str, str]:
@@ -91,8 +91,8 @@ class Result:
         return [float("nan") if m["sharpness"] is None else m["sharpness"] * scale for m in self.metrics]
 
 
-def cpus_of(results: Iterable[Result]) -> str:
-    return ", ".join(sorted({cpu for r in results for cpu in r.cpus}))
+def machines_of(results: Iterable[Result]) -> str:
+    return ", ".join(sorted({machine for r in results for machine in r.machines}))
 
 
 def left_out(results: Iterable[Result]) -> list[str]:
@@ -187,14 +187,15 @@ def pack(out: Path, to: Path, grids: bool = False) -> Path:
     """Write the runs of ``out`` to ``to``/runs.jsonl.gz, and return its path.
 
     Args:
-        grids: only the runs that something is chosen by.
+        grids: only the runs of grids, from which values are chosen.
 
     Raises:
         train.RunError: if there are none, or if the file is there and has runs that would be lost.
     """
     lines = []
     results = [r for r in read_runs(out) if r.in_grid or not grids]
-    lost = read_packed(to).keys() - {r.name for r in results}
+    whole = {r.name for r in results if not r.why_not or r.failed}
+    lost = {r.name for r in read_packed(to).values() if r.finished and r.name not in whole}
     if lost:
         raise train.RunError(f"{to / PACKED} has {len(lost)} runs that would be lost, such as {min(lost)}")
     for r in results:
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path, help="the folder of a sweep")
     p.add_argument("to", type=Path, help="the folder that gets runs.jsonl.gz")
-    p.add_argument("--grids", action="store_true", help="only the runs that something is chosen by")
+    p.add_argument("--grids", action="store_true", help="only the runs of grids, from which values are chosen")
     args = p.parse_args(argv)
     return train.exit_status("runs.py", lambda: print(pack(args.out, args.to, args.grids)), "nothing was written")
 

@@ -61,7 +61,7 @@ def batches_of(r: Result, args: argparse.Namespace) -> list[tuple[torch.Tensor, 
 
 
 def weights_of(r: Result, args: argparse.Namespace) -> dict[int, Path]:
-    """By the epochs that are measured."""
+    """The weights to measure, by epoch."""
     paths = sorted((args.runs / r.name).glob("weights-*.pt"))
     kept = {int(path.stem.removeprefix("weights-")): path for path in paths}
     return {e: path for e, path in kept.items() if e in (min(kept), r.settings["epochs"]) or e % args.every == 0}
@@ -107,10 +107,12 @@ def study(args: argparse.Namespace, results: list[Result]) -> dict[str, list[dic
     path = args.runs / "sharpness.json"
     held = json.loads(path.read_text()) if path.exists() else {}
     for r in results:
-        epochs, measured = list(weights_of(r, args)), [row["epoch"] for row in held.get(r.name, [])]
-        if epochs and measured and epochs != measured:
+        measured = [row["epoch"] for row in held.get(r.name, [])]
+        others = [e for e in measured[1:-1] if e % args.every]
+        if measured and (others or not weights_of(r, args).keys() <= set(measured)):
             raise train.RunError(
-                f"{path} has {r.name} in epochs {measured}, not {epochs}: remove it, or give the same --every"
+                f"{path} has {r.name} in epochs {measured}, which --every {args.every} does not choose: remove it, or "
+                "give the same --every"
             )
     for r in tqdm([r for r in results if r.name not in held], desc="sharpness", disable=None):
         torch.set_num_threads(args.threads)

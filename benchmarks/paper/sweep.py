@@ -298,7 +298,7 @@ def command(
     def run() -> None:
         if not args.report_only:
             sweep(plan, title, args.max_runs, keep_checkpoints)
-            if not any(run.finished() for run in plan()[-1]):
+            if not any(run.work_done() == 1 for run in plan()[-1]):
                 print("no run of the table is finished yet; the same command goes on")
                 return
         print(report(args.out))

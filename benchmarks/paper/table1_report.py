@@ -23,8 +23,8 @@ from .runs import (
     STYLE,
     Result,
     by_cell,
-    cpus_of,
     left_out,
+    machines_of,
     networks_of,
     of_network,
     read_runs,
@@ -124,7 +124,7 @@ def header(results: list[Result], recipe: str) -> list[str]:
         "",
         f"{s['dataset']}, {size} training images, width {', '.join(widths.values())}, {values('epochs')} epochs, batch "
         f"{values('batch_size')}{tested}; torch {values('torch', 'environment')}, "
-        f"{values('gpu', 'environment') if s['device'] != 'cpu' else cpus_of(results)}.",
+        f"{machines_of(results)}.",
         "",
         "Test accuracy after the last epoch in %, mean ± sample standard deviation over the seeds:",
         "",

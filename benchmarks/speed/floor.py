@@ -31,7 +31,7 @@ def streams(base: str, adaptive: bool) -> int:
 
 
 def cpu() -> str:
-    """Of this kind of processor: what is built for another may not run here, and both may have one cache."""
+    """A name for this kind of processor: a kernel built for another may not run here, and both may share a cache."""
     info = Path("/proc/cpuinfo")
     flags = next((x for x in info.read_text().splitlines() if x.startswith("flags")), "") if info.exists() else ""
     return f"{zlib.crc32(flags.encode()):08x}"

@@ -69,7 +69,7 @@ def test_bad_flags(flags, capsys):
 def test_options_of_the_first_pass_are_not_for_momentum_sam(flags, tmp_path, capsys):
     out = tmp_path / "run"
     assert train.main([*TINY, "--method", "msam", *flags, "--out", str(out)]) == 1
-    assert "--sam-every and --ascent-fraction are of SAM's first pass" in capsys.readouterr().err
+    assert "--sam-every and --ascent-fraction apply to SAM's first pass" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -678,18 +678,25 @@ def test_a_start_that_fails_leaves_nothing(flag, tmp_path, capsys):
     assert train.main([*TINY, "--epochs", "1", "--out", str(out)]) == 0
 
 
-def test_the_config_names_every_machine(tmp_path):
-    """A run that was cut on one and finished on another."""
+def test_the_config_names_every_machine(tmp_path, monkeypatch):
+    """A run that was cut on one and finished on another; a third looked at it when it was finished."""
     out = tmp_path / "run"
-    assert train.main([*TINY, "--epochs", "1", "--out", str(out)]) == 0
+
+    def cut(row):
+        raise KeyboardInterrupt
+
+    def on(machine: str) -> None:
+        monkeypatch.setattr(train, "environment", lambda device: {"cpu": machine})
+
+    s = settings(*TINY, "--epochs", "2", "--out", str(out))
+    on("the first")
+    with pytest.raises(KeyboardInterrupt):
+        train.train(s, after_epoch=cut)
+    for machine in ("the second", "the third"):
+        on(machine)
+        assert len(train.train(s, resume=True)) == 2
     config = json.loads((out / "config.json").read_text())
-    config["environment"]["cpu"] = "the first machine"
-    (out / "config.json").write_text(json.dumps(config))
-    for _ in range(2):
-        assert train.main([*TINY, "--epochs", "1", "--out", str(out), "--resume"]) == 0
-    after = json.loads((out / "config.json").read_text())
-    assert after["environment"] == config["environment"]
-    assert [e["cpu"] for e in after["resumed_on"]] == [train.environment()["cpu"]]
+    assert [e["cpu"] for e in (config["environment"], *config["resumed_on"])] == ["the first", "the second"]
 
 
 def test_another_number_of_processes_does_not_go_on(tmp_path, capsys):

@@ -456,6 +456,10 @@ def test_a_model_in_eval_mode_trains_without_sam_and_a_warning(cls, recwarn):
     model.train()
     backward(model, 0)
     assert warned() == []
+    model.eval()
+    opt.param_groups[0]["rho"] = 0.0  # as a schedule has it that begins later
+    backward(model, 0)
+    assert warned() == []
 
 
 @both

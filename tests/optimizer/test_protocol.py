@@ -144,9 +144,48 @@ def test_a_warning_where_the_passes_add_up(cls, closure_form, recwarn):
     assert file == __file__ or not closure_form  # second_step calls step
     assert warned(lambda opt: opt.zero_grad()) == []
     assert warned(lambda opt: opt.zero_grad(set_to_none=False)) == []
+    assert warned(lambda opt: opt.base_optimizer.zero_grad(set_to_none=False)) == []
     opt = cls([nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1, rho=0.0)
     opt.step(lambda: opt.param_groups[0]["params"][0].sum().backward())  # one pass, which may add to what is there
     assert len(recwarn) == 0
+
+
+@both
+def test_no_warning_where_gradients_are_written_otherwise(cls, recwarn):
+    """Copied into place, left at zero by a layer that is frozen, or clipped after they were zeroed in place."""
+    frozen, w = nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+    opt = cls([*frozen.parameters(), w], torch.optim.SGD, lr=0.1)
+    frozen(w).sum().backward()
+    frozen.requires_grad_(False)
+
+    def clipped():
+        opt.base_optimizer.zero_grad(set_to_none=False)
+        (w**2).sum().backward()
+        nn.utils.clip_grad_norm_([w], 1.0)
+
+    def copied():
+        opt.base_optimizer.zero_grad(set_to_none=False)
+        w.grad.copy_(torch.ones(3))
+
+    for closure in (clipped, copied):
+        for _ in range(2):
+            opt.step(closure)
+    assert len(recwarn) == 0
+
+
+@both
+def test_the_warning_comes_with_clipping_too(cls):
+    w = nn.Parameter(torch.ones(3))
+    opt = cls([w], torch.optim.SGD, lr=0.1)
+
+    def closure():
+        for _ in range(2):  # micro-batches
+            (w**2).sum().backward()
+        nn.utils.clip_grad_norm_([w], 1.0)
+
+    with pytest.warns(UserWarning, match="the second pass added its gradients"):
+        opt.step(closure)
+    assert not w._post_accumulate_grad_hooks
 
 
 @both
