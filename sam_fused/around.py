@@ -128,9 +128,10 @@ class Around(Optimizer):
 
     @_disable_dynamo
     def _restore(self) -> None:
-        if self._arithmetic.record is not None:
-            self._gather_again()
+        perturbed = self._arithmetic.record is not None
         self._arithmetic.restore()
+        if perturbed:
+            self._gather_again()
         self._moved()
         amp.forget(self)
 

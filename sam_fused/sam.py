@@ -135,8 +135,8 @@ class SAM(Around):
         device = self._device()
         held = self._readings.total
         if held.device != device:  # the parameters have moved, or had no memory when it was made
-            moved = Readings(*(t.to(device) for t in self._readings)) if not held.is_meta else _no_readings(device)
-            self._readings = moved
+            moved = (t.to(device) for t in self._readings)
+            self._readings = _no_readings(device) if held.is_meta else Readings(*moved)
         direction = self._arithmetic.gradients()
         scale = amp.scale_of_gradients(self.scaler, self, device)
         self._arithmetic.measure(direction, self._readings, scale)
@@ -146,7 +146,8 @@ class SAM(Around):
     @_disable_dynamo
     def _ascend(self) -> None:
         """The first half of a step."""
-        self._arithmetic.perturb(self._measure(), self._readings.values)
+        direction = self._measure()
+        self._arithmetic.perturb(direction, self._readings.values)
         self._gather_again()
         self._moved()
         if self.model is not None:
