@@ -80,7 +80,7 @@ def run(program: Future[Path], order: str, *arguments: str, **environment: str) 
 
 
 def pytest_run(
-    files: list[str], chosen: str = "not ReferenceSAM", **environment: str
+    files: list[str], chosen: str = "not ReferenceSAM and not ReferenceMSAM", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     environment = {**os.environ, "SAM_FUSED_TEST_DEVICE": "emulated", "OMP_NUM_THREADS": "1", **environment}

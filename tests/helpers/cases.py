@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sam_fused.bases import NATIVE
 from tests.helpers.dtypes import FULL
-from tests.helpers.place import DEVICE
+from tests.helpers.place import DEVICE, PLACE
 
-CHUNK = 1 << 14  # elements a chunk, as in csrc/cpu.cpp
+CHUNK = 1 << 14 if PLACE == "cpu" else 1 << 11  # elements a chunk, as in csrc/cpu.cpp, or of short lists in cuda.cu
 
 #: name: (base class, its options): the samples of every native base, and two that are composed.
 BASES = {name: (cls, options) for cls, native in NATIVE.items() for name, options in native.samples.items()}
@@ -23,6 +23,8 @@ BASES["adagrad"] = (torch.optim.Adagrad, {"lr": 1e-2})
 #: Largest difference from the reference, relative to a value of 1 or more. The half types: one unit in the last place,
 #: which is what one rounding that went the other way makes.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+#: In lists of several dtypes: the norm that all share has the others' roundings in it.
+MIXED_TOLERANCE = {**TOLERANCE, torch.float64: 1e-6}
 
 
 def generator(seed: int) -> torch.Generator:
@@ -120,15 +122,16 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -
         torch.testing.assert_close(actual, expected, msg=lambda m: f"{what}: {m}", **bounds)
 
 
-def assert_same_state(actual, expected, tolerance: float, what: str) -> None:
-    """Compare the parameters, their state and its keys."""
+def assert_same_state(actual, expected, tolerance: float | dict[torch.dtype, float], what: str) -> None:
+    """Compare the parameters, their state and its keys; ``tolerance`` may be by the parameter's dtype."""
     pairs = zip(
         (p for g in actual.param_groups for p in g["params"]),
         (p for g in expected.param_groups for p in g["params"]),
         strict=True,
     )
     for i, (a, b) in enumerate(pairs):
-        assert_near(a.detach(), b.detach(), tolerance, f"{what}, params[{i}]")
+        bound = tolerance if isinstance(tolerance, float) else tolerance[a.dtype]
+        assert_near(a.detach(), b.detach(), bound, f"{what}, params[{i}]")
         mine, theirs = actual.state.get(a, {}), expected.state.get(b, {})
         mine = {k: v for k, v in mine.items() if v is not None}
         theirs = {k: v for k, v in theirs.items() if v is not None}
@@ -136,7 +139,7 @@ def assert_same_state(actual, expected, tolerance: float, what: str) -> None:
         for key, value in theirs.items():
             if isinstance(value, Tensor):
                 # torch.optim counts steps on the CPU, unless it is told otherwise
-                assert_near(mine[key].to(value.device), value, tolerance, f"{what}, state of params[{i}], {key}")
+                assert_near(mine[key].to(value.device), value, bound, f"{what}, state of params[{i}], {key}")
             else:
                 assert mine[key] == value
 

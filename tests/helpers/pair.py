@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 60  # that one function may take
+SECONDS, START_SECONDS = 60, 300  # that one function may take, and the processes to start
 
 
 def _work(rank: int, store: str, tasks: Any, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    results.put((rank, "ready", None))
     while (task := tasks.get()) is not None:
         function, args = task
         try:
@@ -41,16 +42,19 @@ class Pair:
             self._start()
         for queue in self.tasks:
             queue.put((function, args))
+        return self._answers(function.__name__, SECONDS)
+
+    def _answers(self, name: str, seconds: int) -> list[Any]:
         values: dict[int, Any] = {}
         for _ in range(2):
             try:
-                rank, value, error = self.results.get(timeout=SECONDS)
+                rank, value, error = self.results.get(timeout=seconds)
             except Exception as late:
                 self.stop()
-                raise AssertionError(f"{function.__name__}: no answer in {SECONDS} s") from late
+                raise AssertionError(f"{name}: no answer in {seconds} s") from late
             if error:
                 self.stop()
-                raise AssertionError(f"{function.__name__}, rank {rank}:\n{error}")
+                raise AssertionError(f"{name}, rank {rank}:\n{error}")
             values[rank] = value
         return [values[0], values[1]]
 
@@ -66,6 +70,7 @@ class Pair:
         ]
         for process in self.processes:
             process.start()
+        self._answers("the start", START_SECONDS)
 
     def stop(self) -> None:
         for process in self.processes:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sam_fused import FusedMSAM, ReferenceMSAM
-from tests.helpers.cases import awkward, generator, set_grads
+from tests.helpers.cases import assert_same_state, awkward, generator, set_grads
 from tests.helpers.sam import assert_untouched, snapshot
 
 both = pytest.mark.parametrize("cls", [FusedMSAM, ReferenceMSAM])
@@ -706,12 +706,14 @@ def test_checkpoints_go_both_ways(cls, base):
     opt = cls(model.parameters(), optimizer, rho=0.3, **options)
     opt.load_state_dict(plain.state_dict())
     assert opt.param_groups[0]["rho"] == 0.3
+    assert_same_state(opt, plain, 0.0, "from the base")
     opt.train()
     assert opt.perturbed
     train(model, opt, range(2, 4))
     opt.eval()
     after = optimizer(model.parameters(), **options)
     after.load_state_dict(opt.state_dict())
+    assert_same_state(after, opt, 0.0, "to the base")
     train(model, after, range(4, 5))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -49,3 +51,17 @@ def test_same_steps_as_torch_fused_in_half_types(base, dtype):
         assert_same_state(opt, plain, TOLERANCE[dtype], f"step {step}")
         for p, q in zip(mine, theirs, strict=True):
             q.data.copy_(p.data)
+
+
+@both
+@pytest.mark.skipif("decoupled_weight_decay" not in inspect.signature(torch.optim.Adam).parameters, reason="torch 2.7")
+def test_adam_with_decoupled_weight_decay(cls):
+    mine, theirs = awkward(torch.float64), awkward(torch.float64)
+    options = {"lr": 0.1, "weight_decay": 0.5, "decoupled_weight_decay": True}
+    opt, plain = cls(mine, torch.optim.Adam, rho=0.0, **options), torch.optim.Adam(theirs, **options)
+    for step in range(5):
+        for params in (mine, theirs):
+            set_grads(params, step)
+        opt.step()
+        plain.step()
+    assert_same_state(opt, plain, 1e-12, "Adam")
