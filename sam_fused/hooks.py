@@ -74,9 +74,10 @@ class _Hooks:
         """Clean also in training mode where no gradients are wanted, as in torch.optim.swa_utils.update_bn."""
         if self.opt is None:
             return
-        if torch.is_grad_enabled() and self.opt._training:
+        trains = torch.is_grad_enabled() and self.opt._training
+        if trains:
             self.opt._passes.add("train" if module.training else "eval")
-        if module.training and torch.is_grad_enabled() and self.opt._training:
+        if trains and module.training:
             self.opt._perturb()
         else:
             self.opt._clean("a forward pass")

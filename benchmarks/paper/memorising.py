@@ -95,7 +95,7 @@ Cell = tuple[str, str, int]  # network, base, part of wrong labels in %
 def cells_of(results: list[Result]) -> dict[Cell, list[Result]]:
     cells: dict[Cell, list[Result]] = {}
     for r in results:
-        if r.finished and not r.failed:
+        if not r.why_not:
             s = r.settings
             cells.setdefault((s["arch"], s["base"], round(100 * s["label_noise"])), []).append(r)
     return dict(sorted(cells.items()))

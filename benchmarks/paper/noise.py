@@ -148,7 +148,7 @@ class Cell:
 def cells_of(results: list[Result]) -> dict[tuple[str, int, str], Cell]:
     cells: dict[tuple[str, int, str], Cell] = {}
     for r in results:
-        if r.finished and not r.failed:
+        if not r.why_not:
             base, noise, method, seed = r.name.split("-")
             key = base, int(noise), method
             cells.setdefault(key, Cell(*key)).runs[int(seed)] = r

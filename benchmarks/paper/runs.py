@@ -139,7 +139,7 @@ def _read(name: str, *files: tuple[Path, int | None]) -> Result | None:
     return Result(
         name,
         json.loads(config.read_text()),
-        [json.loads(x) for x in metrics.read_text().splitlines()] if metrics.exists() else [],
+        train.json_lines(metrics),
         failed.read_text().strip() if failed.exists() else None,
     )
 

@@ -72,7 +72,7 @@ def cells_of(results: list[Result]) -> dict[tuple[str, str], Cell]:
     networks = networks_of(r.cell for r in results)
     cells = {(arch, optimizer): Cell(arch, optimizer, {}) for arch in networks for optimizer in optimizers}
     for r in results:
-        if r.finished and r.cell in cells:
+        if not r.why_not and r.cell in cells:
             cells[r.cell].by_seed[r.settings["seed"]] = 100 * r.metrics[-1]["test_acc"]
     return cells
 
@@ -165,7 +165,7 @@ def difference_rows(cells: dict[tuple[str, str], Cell]) -> Iterator[list[str]]:
 
 
 def last_epoch_rows(results: list[Result], common_rho: float) -> Iterator[list[str]]:
-    for (arch, optimizer), runs in by_cell(r for r in results if r.finished).items():
+    for (arch, optimizer), runs in by_cell(r for r in results if not r.why_not).items():
         s = runs[0].settings
         loss, accuracy, test_loss = (
             statistics.mean(r.metrics[-1][key] for r in runs) for key in ("train_loss", "train_acc", "test_loss")
