@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import timeit
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -184,19 +185,25 @@ def test_at_random_times(how):
         closure()
         opt.second_step()
 
+    def act():
+        opt.step(closure) if how == "closure" else two_calls()
+
     handler = signal.signal(signal.SIGALRM, interrupt)
-    delays = torch.rand(100, generator=torch.Generator().manual_seed(0)) * 0.012
+    fractions = torch.rand(100, generator=torch.Generator().manual_seed(0)) * 1.2
+    step_time = min(timeit.repeat(act, number=1, repeat=20))
+    interrupts = 0
     try:
-        for delay in delays.tolist():
+        for delay in (fractions * step_time).tolist():
             before = [p.detach().clone() for p in w]
             twins = [nn.Parameter(p.clone()) for p in before]
             after = FusedSAM(twins, torch.optim.SGD, lr=0.1, rho=0.5)
             try:
                 armed = True
                 signal.setitimer(signal.ITIMER_REAL, max(delay, 1e-6))
-                opt.step(closure) if how == "closure" else two_calls()
+                act()
                 armed = False
             except KeyboardInterrupt:
+                interrupts += 1
                 torch.set_grad_enabled(True)
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
@@ -212,3 +219,4 @@ def test_at_random_times(how):
             assert kept or all(torch.equal(p, q) for p, q in zip(w, twins, strict=True)), f"after {delay * 1e3:.3f} ms"
     finally:
         signal.signal(signal.SIGALRM, handler)
+    assert interrupts, f"of {len(fractions)} signals none came within a step"
