@@ -9,10 +9,18 @@ namespace sam {
 
 using at::Tensor;
 
+namespace {
+
+// Whether `data` is nowhere although `t` has elements: a tensor subclass may be an empty wrapper around others.
+bool is_wrapper(const Tensor& t, const void* data) { return !data && t.numel() != 0 && !t.is_meta(); }
+
+constexpr auto kGotWrapper = ": expected a tensor with memory of its own, got a wrapper around others";
+
+}  // namespace
+
 void check_own_data(const Tensor& t, const char* name) {
   TORCH_CHECK(!t.is_neg(), name, ": expected a tensor without the negative bit; call resolve_neg() on it");
-  TORCH_CHECK(t.const_data_ptr() || t.numel() == 0 || t.is_meta(), name,
-              ": expected a tensor with memory of its own, got a wrapper around others");
+  TORCH_CHECK(!is_wrapper(t, t.const_data_ptr()), name, kGotWrapper);
 }
 
 void bump_versions(const Refs& tensors) {
@@ -66,11 +74,10 @@ void check_dense(const Tensor& t, const char* list, size_t i) {
   TORCH_CHECK(t.layout() == at::kStrided, list, "[", i, "]: expected a dense tensor, got layout ", t.layout());
 }
 
-// `data`, where `t` is. A tensor subclass may be an empty wrapper.
+// `data`, where `t` is.
 template <class Void>
 Void* check_data(Void* data, const Tensor& t, const char* list, size_t i) {
-  TORCH_CHECK(data || t.numel() == 0 || t.is_meta(), list, "[", i,
-              "]: expected a tensor with memory of its own, got a wrapper around others");
+  TORCH_CHECK(!is_wrapper(t, data), list, "[", i, "]", kGotWrapper);
   return data;
 }
 
