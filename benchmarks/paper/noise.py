@@ -7,7 +7,8 @@
 A part of the training and the validation labels is wrong; the labels of the test set are right. For each base and part
 the learning rate is chosen first, with the plain base; then, with it, each method's own number. What is chosen has the
 highest accuracy on the validation images, wrong labels included, after the last epoch, with a seed that the table does
-not use. A grid is extended while its best value is at its edge. The test set chooses nothing.
+not use; of equal values it is the smallest. A grid is extended while its best value is at its edge, by up to three
+values to each side. The test set chooses nothing.
 
 The same command goes on with a sweep that was cut (see sweep.py); processes that share --out share the sweep. Writes
 noise.md and noise.png to --out.
@@ -18,7 +19,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,10 +145,11 @@ class Cell:
         return {seed: sum(m["train_cpu_seconds"] for m in r.metrics) for seed, r in self.runs.items()}
 
 
-def cells_of(results: list[Result]) -> dict[tuple[str, int, str], Cell]:
+def cells_of(runs: list[Result]) -> dict[tuple[str, int, str], Cell]:
+    """Of the finished runs outside the grids."""
     cells: dict[tuple[str, int, str], Cell] = {}
-    for r in results:
-        if not r.why_not:
+    for r in runs:
+        if not (r.in_grid or r.why_not):
             base, noise, method, seed = r.name.split("-")
             key = base, int(noise), method
             cells.setdefault(key, Cell(*key)).runs[int(seed)] = r
@@ -194,26 +195,31 @@ def method_row(cell: Cell, base: Cell) -> list[str]:
     ]
 
 
-def grid_rows(grid: list[Result]) -> Iterator[list[str]]:
-    """A row for each grid: the validation accuracy by value."""
+def searched(base: str, method: str) -> str:
+    """What a grid has values of: train.py's option."""
+    return (METHODS[method].grid or LEARNING_RATES[base]).name
+
+
+def grids_of(runs: list[Result]) -> dict[tuple[str, str, str], dict[float, Result]]:
+    """By base, part of wrong labels in % and method: the runs of its grid by value, in ascending order."""
     found: dict[tuple[str, str, str], dict[float, Result]] = {}
-
-    def searched(base: str, name: str) -> str:
-        return (METHODS[name].grid or LEARNING_RATES[base]).name
-
-    for r in grid:
-        base, noise, *words = r.name.removeprefix(GRID).split("-")
-        name = "base" if words[0].startswith("lr") else words[0]
-        found.setdefault((base, noise, name), {})[r.settings[searched(base, name)]] = r
+    for r in runs:
+        if r.in_grid:
+            base, noise, *words = r.name.removeprefix(GRID).split("-")
+            method = "base" if words[0].startswith("lr") else words[0]
+            found.setdefault((base, noise, method), {})[r.settings[searched(base, method)]] = r
     order = [(b, n, m) for b, n in dict.fromkeys((b, n) for b, n, _ in found) for m in METHODS if (b, n, m) in found]
-    for base, noise, name in order:
-        scores = [f"{value:g}: {r.outcome('val_acc', 1)}" for value, r in sorted(found[base, noise, name].items())]
-        number = "learning rate" if name == "base" else searched(base, name).replace("_", " ")
-        yield [OPTIMIZERS[base], noise, METHODS[name].title, number, ", ".join(scores)]
+    return {key: dict(sorted(found[key].items())) for key in order}
 
 
-def markdown(results: list[Result], grid: list[Result]) -> str:
-    cells = cells_of(results)
+def grid_row(base: str, noise: str, method: str, grid: dict[float, Result]) -> list[str]:
+    scores = [f"{value:g}: {r.outcome('val_acc', 1)}" for value, r in grid.items()]
+    number = "learning rate" if method == "base" else searched(base, method).replace("_", " ")
+    return [OPTIMIZERS[base], noise, METHODS[method].title, number, ", ".join(scores)]
+
+
+def markdown(runs: list[Result]) -> str:
+    results, cells = [r for r in runs if not r.in_grid], cells_of(runs)
     first = next(iter(cells.values())).runs
     r = next(iter(first.values()))
     s, environment = r.settings, r.environment
@@ -255,18 +261,22 @@ def markdown(results: list[Result], grid: list[Result]) -> str:
         rate = next(iter(mine["base"].runs.values())).settings["lr"]
         lines += ["", f"## {OPTIMIZERS[base]}, {noise} % wrong, learning rate {rate:g}", ""]
         lines += table(columns, (method_row(cell, mine["base"]) for cell in mine.values()))
-    if grid:
-        lines += ["", "## The grids", "", f"Validation accuracy after the last epoch, seed {GRID_SEED}:", ""]
-        lines += table(["", "wrong, %", "", "", ""], grid_rows(grid))
+    if grids := grids_of(runs):
+        lines += ["", "## The grids", ""]
+        lines += [
+            f"Validation accuracy after the last epoch, seed {GRID_SEED}. Of equal values the smallest is taken.",
+            "",
+        ]
+        lines += table(["", "wrong, %", "", "", ""], (grid_row(*key, grid) for key, grid in grids.items()))
     return "\n".join([*lines, *left_out(results)]) + "\n"
 
 
 FIGURE_NOISE = 40
 
 
-def draw(results: list[Result], path: Path) -> None:
+def draw(runs: list[Result], path: Path) -> None:
     """Test accuracy and memorised share by epoch."""
-    cells = {key: cell for key, cell in cells_of(results).items() if key[1] == FIGURE_NOISE and key[2] != "long"}
+    cells = {key: cell for key, cell in cells_of(runs).items() if key[1] == FIGURE_NOISE and key[2] != "long"}
     bases = list(dict.fromkeys(base for base, *_ in cells))
     if not bases:
         return
@@ -294,12 +304,11 @@ def report(out: Path) -> str:
         train.RunError: if there are no finished runs.
     """
     runs = read_runs(out)
-    results, grid = [r for r in runs if not r.in_grid], [r for r in runs if r.in_grid]
-    if not cells_of(results):
+    if not cells_of(runs):
         raise train.RunError(f"{out} holds no finished runs")
-    text = markdown(results, grid)
+    text = markdown(runs)
     train.save(out / "noise.md", text)
-    draw(results, out / "noise.png")
+    draw(runs, out / "noise.png")
     return text
 
 

@@ -196,7 +196,20 @@ def lowered(key: str) -> str:
 MSAM_GAINS = f"gains {of_both(lambda net, base: net.gain(f'{base}+msam'))} points"
 
 READ_NOISE = {dataset: read_runs(RESULTS / f"noise-{dataset}") for dataset in ("digits", "cifar10")}
-NOISE = {dataset: noise.cells_of([r for r in runs if not r.in_grid]) for dataset, runs in READ_NOISE.items()}
+NOISE = {dataset: noise.cells_of(runs) for dataset, runs in READ_NOISE.items()}
+GRIDS = {dataset: noise.grids_of(runs) for dataset, runs in READ_NOISE.items()}
+
+
+def ties(dataset: str) -> dict[tuple[str, str, str], list[float]]:
+    """Of each grid in which several values have the highest validation accuracy: these."""
+    found = {}
+    for key, grid in GRIDS[dataset].items():
+        scores = {value: r.metrics[-1]["val_acc"] for value, r in grid.items() if not r.why_not}
+        found[key] = [value for value, score in scores.items() if score == max(scores.values())]
+    return {key: best for key, best in found.items() if len(best) > 1}
+
+
+TIES = ties("digits")
 
 
 def wrong_labels(dataset: str, base: str, part: int, method: str, at: str = "last") -> tuple[float, float]:
@@ -316,7 +329,10 @@ CLAIMS = {
         f"here in all {IN_WORDS[sum(x > 0 for x in differences(last('train_loss')))]} comparisons",
         f"most**, {size('digits', 'adam', 60, 'long')} points in SAM's time",
         f"at a learning rate of {demo.SETTING['lr']:g} plain Adam memorises {DEMO_MEMORISED} %, and SAM gains much",
-        f"SAM in the second half gains {size('digits', 'adam', 60, 'late')}. Momentum-SAM",
+        f"SAM in the second half gains {size('digits', 'adam', 60, 'late')}, and SAM from the start",
+        f"from the start {size('digits', 'adam', 60, 'sam')}.",
+        f"In {IN_WORDS[sum(key[2] == 'decay' for key in TIES)]} of the eight columns several values are equally",
+        f"In {len(TIES)} of the {len(GRIDS['digits'])} several values share the highest",
         f"Momentum-SAM loses {size('digits', 'adam', 60, 'msam')}.",
         f"SAM in the second half gains {size('digits', 'sgd', 60, 'late')} points, ASAM",
         f"ASAM {size('digits', 'sgd', 60, 'asam')}, an ascent on a quarter of the batch",
@@ -409,12 +425,19 @@ def test_the_machines_of_the_runs_with_10_000_images():
 
 
 def test_weight_decays_that_are_chosen():
-    """ "the base has 0.0005; in four of the eight columns the validation images choose less"."""
-    cells = [cell for (_, _, method), cell in NOISE["digits"].items() if method == "decay"]
-    chosen = [cell.runs[0].settings["weight_decay"] for cell in cells]
-    assert (len(chosen), sum(decay < 0.0005 for decay in chosen)) == (8, 4)
+    """ "the base has 0.0005, which the grid does not hold"."""
+    grids = [grid for (*_, method), grid in GRIDS["digits"].items() if method == "decay"]
+    assert len(grids) == 8
+    assert not any(0.0005 in grid for grid in grids)
     plain = [cell for (_, _, method), cell in NOISE["digits"].items() if method == "base"]
     assert {r.settings["weight_decay"] for cell in plain for r in cell.runs.values()} == {0.0005}
+
+
+def test_the_learning_rate_that_cuts_the_base_short():
+    """ "The chosen learning rate, 1e-05, is the lowest that was tried, and 3e-05 is as good": digits, Adam, 60 %."""
+    assert min(GRIDS["digits"]["adam", "60", "base"]) == 1e-5
+    assert TIES["adam", "60", "base"] == [1e-5, 3e-5]
+    assert {r.settings["lr"] for r in NOISE["digits"]["adam", 60, "long"].runs.values()} == {1e-5}
 
 
 def test_what_excludes_0_with_wrong_labels():

@@ -65,8 +65,8 @@ def test_grids_tell_a_run_that_is_not_finished_from_one_that_diverged():
         run("grid/adam-40-sam-rho0.3", 0.3, 0.1, failed="the training loss is nan"),
         run("grid/adam-40-sam-rho1", 1.0, 0.25, 0.75),
     ]
-    [row] = noise.grid_rows(grid)
-    assert row[-1] == "0.1: not finished, 0.3: diverged, 1: 75.0%"
+    [(key, runs)] = noise.grids_of(grid).items()
+    assert noise.grid_row(*key, runs)[-1] == "0.1: not finished, 0.3: diverged, 1: 75.0%"
     [row] = table1_report.grid_rows(grid, "rho")
     assert row[-1] == "0.1: not finished, 0.3: diverged, 1: 75.00%"
 
