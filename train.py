@@ -117,11 +117,13 @@ class Settings:
     method: str = option("sam", choices=["sam", "msam"], help="msam: Momentum-SAM, in one pass; the recipe's rho x 10")
     rho: float = option(type=number(float, zero=True), help="0: the plain base, its sharpness at the recipe's rho")
     measure_rho: float  # the rho that the sharpness is recorded with: rho, or where that is 0 the recipe's
-    adaptive: bool = option(action=argparse.BooleanOptionalAction, help="ASAM")
+    adaptive: bool = option(action=argparse.BooleanOptionalAction, help="ASAM; start from --rho 0.5")
     lr: float = option(type=number(float))
     weight_decay: float = option(type=number(float, zero=True))
     label_smoothing: float = option(type=fraction)
-    norm_only: bool = option(False, action="store_true", help="perturb normalisation layers alone")
+    norm_only: bool = option(
+        False, action="store_true", help="perturb normalisation layers alone; start from --rho 0.2"
+    )
     sam_from: float = option(0.0, type=fraction, metavar="F", help="no SAM before this part of the run")
     sam_every: int = option(1, type=count, metavar="K", help="ascend in every K-th step only")
     ascent_fraction: float = option(1.0, type=number(float, 1), metavar="F", help="ascend from this part of the batch")

@@ -10,6 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from sam_fused import FusedMSAM, FusedSAM
@@ -99,6 +100,30 @@ class Automatic(pl.LightningModule):
         return {"optimizer": self.opt, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+class WithTheTrainersModel(Automatic):
+    """As in docs/trainers.md. ``reduced`` counts DistributedDataParallel's messages before each pass and at the end."""
+
+    def configure_optimizers(self):
+        self.opt = FusedSAM(self.parameters(), torch.optim.AdamW, lr=0.05, rho=0.3, model=self.trainer.model)
+        self.messages, self.reduced = 0, []
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            self.trainer.model.register_comm_hook(None, self.count)
+        return {
+            "optimizer": self.opt,
+            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(self.opt, 5, 0.5), "interval": "step"},
+        }
+
+    def count(self, _, bucket):
+        self.messages += 1
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    def training_step(self, batch, batch_idx):
+        self.reduced.append(self.messages)
+        return super().training_step(batch, batch_idx)
+
+
 class AutomaticInTwoCalls(Automatic):
     """The first pass by hand: for MixedPrecision with a GradScaler, which calls the closure once."""
 
@@ -176,6 +201,21 @@ def test_lightning(cls, precision):
     assert trainer.global_step == EPOCHS * len(LOADER)
     assert module.calls == 2 * trainer.global_step
     assert_same(module.net, plain_loop(bf16=precision == "bf16-mixed"))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_lightning_with_the_trainers_model(strategy):
+    """With DistributedDataParallel, here of one process, the first pass of each step sends nothing."""
+    module = WithTheTrainersModel()
+    try:
+        fit(module, strategy=strategy, devices=1, use_distributed_sampler=False)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert_same(module.net, plain_loop())
+    before_first, before_second = module.reduced[::2], module.reduced[1::2]
+    assert before_first == before_second
+    assert before_first == [step if strategy == "ddp" else 0 for step in range(len(LOADER) * EPOCHS)]
 
 
 def test_lightning_accumulates_by_hand():
