@@ -11,7 +11,7 @@ not use; of equal values it is the smallest. A grid is extended while its best v
 values to each side. The test set chooses nothing.
 
 The same command goes on with a sweep that was cut (see sweep.py); processes that share --out share the sweep. Writes
-noise.md and noise.png to --out.
+noise.md and a figure for each part of wrong labels, as noise-40.png, to --out.
 """
 
 from __future__ import annotations
@@ -271,15 +271,10 @@ def markdown(runs: list[Result]) -> str:
     return "\n".join([*lines, *left_out(results)]) + "\n"
 
 
-FIGURE_NOISE = 40
-
-
-def draw(runs: list[Result], path: Path) -> None:
-    """Test accuracy and memorised share by epoch."""
-    cells = {key: cell for key, cell in cells_of(runs).items() if key[1] == FIGURE_NOISE and key[2] != "long"}
+def draw(cells: dict[tuple[str, int, str], Cell], noise: int, path: Path) -> None:
+    """Test accuracy and memorised share by epoch, with that part of wrong labels in %."""
+    cells = {key: cell for key, cell in cells.items() if key[1] == noise and key[2] != "long"}
     bases = list(dict.fromkeys(base for base, *_ in cells))
-    if not bases:
-        return
     with figure(path, 2, len(bases), size=(5.5 * len(bases), 7), dpi=110, sharex=True, squeeze=False) as (
         drawn,
         panels,
@@ -287,10 +282,10 @@ def draw(runs: list[Result], path: Path) -> None:
         for row, key, label in zip(panels, ("test_acc", "memorised"), ("test accuracy", "memorised"), strict=True):
             for axes, base in zip(row, bases, strict=True):
                 for i, name in enumerate(METHODS):
-                    if (base, FIGURE_NOISE, name) in cells:
-                        runs = cells[base, FIGURE_NOISE, name].runs.values()
+                    if (base, noise, name) in cells:
+                        runs = cells[base, noise, name].runs.values()
                         band(axes, [[100 * m[key] for m in r.metrics] for r in runs], f"C{i}-", METHODS[name].title)
-                axes.set(title=f"{OPTIMIZERS[base]}, {FIGURE_NOISE} % of the labels wrong", ylabel=f"{label}, %")
+                axes.set(title=f"{OPTIMIZERS[base]}, {noise} % of the labels wrong", ylabel=f"{label}, %")
                 axes.grid(alpha=0.3)
         for axes in panels[-1]:
             axes.set(xlabel="epoch")
@@ -298,17 +293,19 @@ def draw(runs: list[Result], path: Path) -> None:
 
 
 def report(out: Path) -> str:
-    """Write noise.md and noise.png to ``out``; returns the text.
+    """Write noise.md and a figure for each part of wrong labels, as noise-40.png, to ``out``; returns the text.
 
     Raises:
         train.RunError: if there are no finished runs.
     """
     runs = read_runs(out)
-    if not cells_of(runs):
+    cells = cells_of(runs)
+    if not cells:
         raise train.RunError(f"{out} holds no finished runs")
     text = markdown(runs)
     train.save(out / "noise.md", text)
-    draw(runs, out / "noise.png")
+    for noise in {noise for _, noise, method in cells if noise and method != "long"}:
+        draw(cells, noise, out / f"noise-{noise}.png")
     return text
 
 
