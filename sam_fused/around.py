@@ -169,13 +169,18 @@ class Around(Optimizer):
     # ---- saving and copying ----
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and groups, with rho, adaptive and eta in each group; never the backup.
+        """The base optimizer's own, with rho, adaptive and eta in each group; never the backup.
 
         Raises:
             RuntimeError: if the weights are perturbed.
         """
         self._check_not_perturbed("state_dict()")
-        return super().state_dict()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        held = self.base_optimizer.state_dict()  # which may have more in it than torch.optim's
+        for after in self._optimizer_state_dict_post_hooks.values():
+            held = _or(after(self, held), held)
+        return held
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of the plain base optimizer, which leaves rho, adaptive and eta alone.
@@ -185,18 +190,24 @@ class Around(Optimizer):
             ValueError: if it does not fit, or is of another library's SAM.
         """
         self._check_not_perturbed("load_state_dict()")
-        super().load_state_dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _or(before(self, state_dict), state_dict)
+        self.base_optimizer.load_state_dict(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_perturbed("copying or pickling")
         return {name: self.__dict__[name] for name in self.kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base_optimizer" in state:  # unpickled, or a deep copy
-            super().__setstate__(state)
-            self._set_up()
-        else:  # from Optimizer.load_state_dict; the base fills in what older checkpoints lack
-            self.base_optimizer.__setstate__(_adapted(self, state))
+        super().__setstate__(state)
+        self._set_up()
+
+
+def _or(changed: dict[str, Any] | None, held: dict[str, Any]) -> dict[str, Any]:
+    """What a hook has made of ``held``; None where it leaves that alone."""
+    return held if changed is None else changed
 
 
 def _adapted(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .buckets import Active
-from .distributed import local, placed_like, placement
+from .distributed import is_dtensor, local, placement
 
 
 def dense_strides(p: Tensor) -> tuple[int, ...]:
@@ -55,6 +55,12 @@ def pooled(params: list[Tensor], pool: int) -> list[Tensor]:
     ]
 
 
+def zeros_like(params: list[Tensor], pool: int) -> list[Tensor]:
+    """As :func:`pooled`, but DTensors for DTensors, each by itself: torch can copy and save none with an offset."""
+    plain = iter(pooled([p for p in params if not is_dtensor(p)], pool))
+    return [torch.zeros_like(p) if is_dtensor(p) else next(plain) for p in params]
+
+
 def capturing() -> bool:
     """Whether a CUDA graph is being captured."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -87,8 +93,8 @@ def make_state(base: Optimizer, active: list[Active]) -> None:
     if (wanted or uncounted) and capturing():
         raise RuntimeError("the base's state cannot be made in a CUDA graph: run a step before capturing one")
     for pool, (key, params) in enumerate(sorted(wanted.items()), start=2):
-        for p, new in zip(params, pooled(params, pool), strict=True):
-            old, new = base.state[p].get(key), placed_like(new, p)
+        for p, new in zip(params, zeros_like(params, pool), strict=True):
+            old = base.state[p].get(key)
             if old is not None:
                 new.copy_(old)
             base.state[p][key] = new

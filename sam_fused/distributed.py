@@ -96,15 +96,6 @@ def local_like(t: Tensor, p: Tensor) -> Tensor:
     return local(t)
 
 
-def placed_like(t: Tensor, p: Tensor) -> Tensor:
-    """``t`` as this process's part of a tensor of the shape and placement of ``p``."""
-    if not is_dtensor(p):
-        return t
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
-
-
 def check_distributed(p: Tensor, what: str) -> None:
     """Raise ValueError for a parameter of which this process holds what SAM cannot work on."""
     if is_dtensor(p) and any(part.is_partial() for part in p.placements):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 
 import pytest
@@ -250,6 +251,9 @@ def fsdp_checkpoint(cls, folder) -> None:
     model, opt = fresh()
     for step in range(2):
         take_step(opt, model, *shard(step, dist.get_rank()))
+    torch.save(opt.state_dict(), io.BytesIO())
+    for held, copied in zip(opt.state.values(), copy.deepcopy(opt.state_dict())["state"].values(), strict=True):
+        assert all(torch.equal(full(copied[key]), full(value)) for key, value in held.items())
     weights, state = get_state_dict(model, opt)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
     other, resumed = fresh()

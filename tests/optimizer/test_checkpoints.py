@@ -377,6 +377,64 @@ def test_load_into_the_base_optimizer(cls):
     assert_same_state(opt, plain, 1e-12, "after loading")
 
 
+class WithCount(torch.optim.SGD):
+    """A base with a number of its own in its checkpoints, on which its steps depend."""
+
+    def __init__(self, params, **options) -> None:
+        super().__init__(params, **options)
+        self.count = 0
+
+    def step(self, closure=None):
+        self.count += 1
+        for group in self.param_groups:
+            group["lr"] = 0.1 / self.count
+        super().step(closure)
+
+    def state_dict(self):
+        return {**super().state_dict(), "count": self.count}
+
+    def load_state_dict(self, state_dict):
+        self.count = state_dict["count"]
+        super().load_state_dict(state_dict)
+
+
+@both
+def test_a_base_s_own_checkpoints(cls):
+    params = awkward(torch.float32)[:2]
+    opt = cls(params, WithCount, lr=0.1, momentum=0.9, rho=0.3)
+    run(opt, params, 2, sam=True)
+    saved = on_disk(opt.state_dict())
+    assert saved["count"] == 2
+    again = clones(params)
+    other = cls(again, WithCount, lr=0.1, momentum=0.9)
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["rho"] == 0.3
+    for o, p in ((opt, params), (other, again)):
+        run(o, p, 1, sam=True, seed=9)
+    assert all(torch.equal(p, q) for p, q in zip(params, again, strict=True))
+    plain = WithCount(clones(params), lr=0.1, momentum=0.9)
+    plain.load_state_dict(on_disk(opt.state_dict()))
+    assert plain.count == 3
+
+
+@both
+def test_a_base_s_own_hooks(cls):
+    calls = []
+
+    class Hooked(torch.optim.Adam):
+        def __init__(self, params, **options) -> None:
+            super().__init__(params, **options)
+            self.register_state_dict_pre_hook(lambda o: calls.append("save"))
+            self.register_state_dict_post_hook(lambda o, state: {**state, "extra": 1})
+            self.register_load_state_dict_pre_hook(lambda o, state: calls.append(state["extra"]))
+            self.register_load_state_dict_post_hook(lambda o: calls.append("loaded"))
+
+    params = awkward(torch.float32)[:2]
+    opt = cls(params, Hooked)
+    opt.load_state_dict(opt.state_dict())
+    assert calls == ["save", 1, "loaded"]
+
+
 @both
 def test_state_dict_hooks(cls):
     """As torch calls them; a hook may make a checkpoint into another one, of the plain base even."""
