@@ -39,6 +39,17 @@ def report_overflow(scaler: GradScaler, opt: Optimizer, overflow: Tensor) -> Non
         flag.add_(overflow.to(flag.device))
 
 
+def check_not_scaled(scaler: GradScaler | None, opt: Optimizer) -> None:
+    """Raise RuntimeError where an update that does not come through ``scaler`` would take its scaled gradients."""
+    if scaler is None or not scaler.is_enabled() or hasattr(opt, "found_inf"):
+        return
+    if scaler._per_optimizer_states[id(opt)]["stage"].name == "READY":
+        raise RuntimeError(
+            "the gradients are still scaled; call scaler.step(opt) in the place of second_step(), or "
+            "scaler.unscale_(opt) before it"
+        )
+
+
 def scale_of_gradients(scaler: GradScaler | None, opt: Optimizer, device: torch.device) -> Tensor | None:
     """What the scaler has multiplied the gradients of the first pass by: float32, one element, on ``device``.
 

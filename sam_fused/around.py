@@ -243,4 +243,9 @@ def _make_base(base: type[Optimizer], params: Iterable[Any], kwargs: dict[str, A
             f"base: {base.__name__} has an option {clash[0]!r} of its own, which cannot be told from SAM's; "
             "this base is not supported"
         )
+    if getattr(made, "maximize", False) is True and "maximize" not in made.defaults:
+        raise ValueError(
+            f"base: {base.__name__} keeps maximize=True outside its parameter groups, where SAM cannot see it; "
+            "minimise the negative instead"
+        )
     return made

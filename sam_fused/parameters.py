@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .distributed import check_distributed, is_dtensor
 
@@ -16,7 +18,7 @@ Group = dict[str, Any]
 def name_of(groups: Sequence[Group], group: int, i: int) -> str:
     """The name that the user gave, or the place in ``param_groups``."""
     names = groups[group].get("param_names")
-    return names[i] if names else f"param_groups[{group}]['params'][{i}]"
+    return names[i] if names and i < len(names) else f"param_groups[{group}]['params'][{i}]"
 
 
 def check_group(groups: Sequence[Group], group: int) -> None:
@@ -62,8 +64,8 @@ def check_memory(groups: Sequence[Group]) -> None:
 
 
 def address(p: Tensor) -> int:
-    """Of the first element; 0 for what has no memory of its own: DTensors, wrappers, meta and fake tensors."""
-    if is_dtensor(p) or p.is_meta or p.numel() == 0:
+    """Of the first element; 0 for what has no memory of its own: DTensors, wrappers, lazy, meta and fake tensors."""
+    if is_dtensor(p) or is_lazy(p) or p.is_meta or p.numel() == 0:
         return 0
     try:
         return p.data_ptr()
@@ -76,11 +78,11 @@ def _extent(p: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
 
 
-def _addresses(p: Tensor) -> Tensor:
-    """Of each byte of ``p``."""
-    places = torch.arange(_extent(p), device="cpu").as_strided(p.shape, p.stride()).reshape(-1, 1)
-    size = p.element_size()
-    return (p.data_ptr() + places * size + torch.arange(size, device="cpu")).flatten()
+def _places(p: Tensor, unit: int) -> Tensor:
+    """The address of ``p``'s elements, or of each of their parts of ``unit`` bytes, over ``unit``."""
+    elements = torch.arange(_extent(p), device="cpu").as_strided(p.shape, p.stride()).reshape(-1, 1)
+    parts = p.element_size() // unit
+    return (p.data_ptr() // unit + elements * parts + torch.arange(parts, device="cpu")).flatten()
 
 
 def _dense(p: Tensor) -> bool:
@@ -91,7 +93,10 @@ def _share_memory(p: Tensor, q: Tensor) -> bool:
     """For two whose spans of memory overlap."""
     if p is q:  # which torch.optim and check_group look after
         return False
-    return (_dense(p) and _dense(q)) or bool(torch.isin(_addresses(p), _addresses(q)).any())
+    if _dense(p) and _dense(q):
+        return True
+    unit = math.gcd(p.data_ptr(), q.data_ptr(), p.element_size(), q.element_size())
+    return bool(torch.isin(_places(p, unit), _places(q, unit)).any())
 
 
 def _overlaps_itself(p: Tensor) -> bool:
@@ -99,6 +104,6 @@ def _overlaps_itself(p: Tensor) -> bool:
     for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
         if size > 1:
             if stride < inner:  # in nearly all cases it then does
-                return len(_addresses(p).unique()) < p.numel() * p.element_size()
+                return len(_places(p, p.element_size()).unique()) < p.numel()
             inner += (size - 1) * stride
     return False

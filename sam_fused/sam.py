@@ -83,8 +83,9 @@ class SAM(Around):
         does so itself after the second call of the closure, which scales its loss. ``scaler.update()`` is yours.
 
         Raises:
-            RuntimeError: for a sparse gradient; a closure that came through ``scaler.step``; a DistributedDataParallel
-                with a static graph; DTensors with ``lean_ascent``.
+            RuntimeError: for a sparse gradient; a closure that came through ``scaler.step``; gradients that ``scaler``
+                has scaled, without ``scaler.step``; a DistributedDataParallel with a static graph; DTensors with
+                ``lean_ascent``.
             ValueError: for a rho or eta that is no finite number >= 0; state of another shape than its parameter;
                 parameters that share memory.
         """
@@ -165,6 +166,8 @@ class SAM(Around):
     @_disable_dynamo
     def _descend(self) -> None:
         """The second half of a step."""
+        if self.perturbed:
+            amp.check_not_scaled(self.scaler, self)
         grad_scale, found_inf = amp.given(self, self._device())
         if found_inf is not None and self.perturbed:  # an overflow in the first pass counts too
             overflow = any_replica((~self._readings.values[NORM].isfinite()).to(found_inf), self.model)

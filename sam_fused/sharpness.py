@@ -236,10 +236,10 @@ class _Landscape:
         for t, data in self.halves:
             t.data = data.float()
         self.weights = [local(p).clone() for p in self.params]  # a forward pass may change them, as max_norm does
-        held = {p.untyped_storage().data_ptr() for p in map(local, params)}
+        held = {storage for p in params if (storage := _storage(p))}
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                if local(buffer).untyped_storage().data_ptr() not in held:
+                if _storage(buffer) not in held:
                     self.buffers.append((module, name, buffer, local(buffer).clone()))
 
     @torch.no_grad()
@@ -351,6 +351,14 @@ class _Landscape:
             place = (placement(p), square.device)
             squares[place] = squares[place] + square if place in squares else square
         return math.sqrt(sum(sum_over_shards(square, place).item() for (place, _), square in squares.items()))
+
+
+def _storage(t: Tensor) -> int | None:
+    """The address of the memory that ``t`` is a part of; None for a wrapper around other tensors."""
+    try:
+        return local(t).untyped_storage().data_ptr()
+    except RuntimeError:
+        return None
 
 
 def _is_half(t: Tensor) -> bool:

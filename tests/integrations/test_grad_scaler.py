@@ -130,6 +130,24 @@ def test_unscale_and_clip(cls):
 
 
 @both
+def test_a_second_step_with_scaled_gradients_is_refused(cls):
+    params = awkward(torch.float32)[:2]
+    before = clones(params)
+    held = scaler()
+    opt = cls(params, torch.optim.SGD, lr=0.1, rho=0.5, scaler=held)
+    set_scaled(params, 0)
+    opt.first_step()
+    set_scaled(params, 1)
+    with pytest.raises(RuntimeError, match=r"gradients are still scaled; call scaler.step\(opt\)"):
+        opt.second_step()
+    assert opt.perturbed
+    held.step(opt)
+    assert not opt.perturbed
+    assert not torch.equal(params[0], before[0])
+    held.update()
+
+
+@both
 def test_unscale_before_the_ascent_is_refused(cls):
     params = awkward(torch.float32)
     amp = scaler()

@@ -59,6 +59,60 @@ class Broken(torch.optim.Optimizer):
         pass
 
 
+class MaximizesAsAttribute(torch.optim.SGD):
+    """As pytorch_optimizer's bases do."""
+
+    def __init__(self, params, lr=0.1, maximize=False):
+        super().__init__(params, lr=lr)
+        del self.defaults["maximize"]
+        for group in self.param_groups:
+            del group["maximize"]
+        self.maximize = maximize
+
+
+@both
+def test_a_base_that_says_in_no_group_that_it_maximizes(cls):
+    w = [nn.Parameter(torch.zeros(2))]
+    cls(w, MaximizesAsAttribute)
+    with pytest.raises(ValueError, match=r"base: MaximizesAsAttribute keeps maximize=True .* minimise the negative"):
+        cls(w, MaximizesAsAttribute, maximize=True)
+
+
+@both
+def test_a_parameter_that_was_appended_has_no_name(cls):
+    w, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    opt = cls([("w", w)], torch.optim.SGD, lr=0.1, rho=0.5)
+    opt.param_groups[0]["params"].append(other)
+    for p in (w, other):
+        p.grad = torch.ones(2)
+    opt.first_step()
+    opt.second_step()
+    assert torch.equal(other, torch.full((2,), -0.1))
+    other.grad = torch.ones(2).to_sparse()
+    with pytest.raises(RuntimeError, match=r"param_groups\[0\]\['params'\]\[1\].*sparse"):
+        opt.first_step()
+
+
+@both
+def test_lazy_parameters(cls):
+    """As torch.optim, before and after they have a shape."""
+    model = nn.LazyLinear(3)
+    opt = cls(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5)
+    x = torch.ones(2, 4)
+
+    def closure():
+        opt.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    first = opt.step(closure)
+    assert opt.step(closure) < first
+    model.bias.data = model.weight.data[:, 0]
+    with pytest.raises(ValueError, match="share memory"):
+        opt.step(closure)
+
+
 @both
 def test_a_base_that_fails_in_its_constructor(cls):
     with pytest.raises(RuntimeError, match=r"base: Broken could not be constructed: AttributeError: .*no_such_thing"):

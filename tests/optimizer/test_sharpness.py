@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import sam_fused.sharpness
@@ -575,6 +576,16 @@ def test_every_forward_starts_from_the_same_buffers(which, training):
     for name, b in model.named_buffers():
         assert b is buffers[name][0]
         assert torch.equal(b, buffers[name][1]), name
+
+
+def test_frozen_wrappers_are_left_alone():
+    """As quantised weights are."""
+    model = Quadratic()
+    expected = measure_sharpness(model, mean, data(), RHO, "realised")
+    model.frozen = nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)), requires_grad=False)
+    model.register_buffer("held", TwoTensor(torch.ones(2), torch.ones(2)))
+    assert measure_sharpness(model, mean, data(), RHO, "realised") == expected
+    assert torch.equal(model.frozen.a, torch.ones(2))
 
 
 def test_a_buffer_that_is_a_parameter_s_memory_moves_with_it():
