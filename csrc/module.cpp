@@ -215,8 +215,8 @@ class Hash {
 };
 
 // The gradients, of all parameters of all groups, that are not None, and two hashes. The first is of what a plan
-// depends on: the parameters themselves, each one's layout, and whether it has a gradient and of which dtype. The
-// second is of where the parameters lie in memory.
+// depends on: the parameters themselves, each one's layout, whether it asks for a gradient, and whether it has one and
+// of which dtype. The second is of where the parameters lie in memory.
 py::tuple gather(const py::list& groups) {
   auto grads = std::make_unique<Gradients>();
   Hash layout, memory;
@@ -229,7 +229,7 @@ py::tuple gather(const py::list& groups) {
       const Tensor& grad = t.grad();
       layout(p);
       layout.layout_of(t);
-      layout(grad.defined() ? 1 + static_cast<uint64_t>(grad.scalar_type()) : 0);
+      layout((grad.defined() ? 1 + static_cast<uint64_t>(grad.scalar_type()) : 0) << 1 | t.requires_grad());
       memory.memory_of(t);
       if (!grad.defined()) continue;
       TORCH_CHECK(grad.layout() == at::kStrided, "param_groups[", g, "]['params'][", i, "].grad: expected a dense ",

@@ -192,6 +192,8 @@ def check_moments(base: Optimizer) -> None:
 def first_moments(base: Optimizer) -> list[tuple[Group, Tensor, Tensor]]:
     """Each parameter that has a first moment, in a group with a rho: the group, the parameter and the moment.
 
+    Frozen ones are left out: they would stay perturbed along a moment that does not change any more.
+
     Raises:
         ValueError: if one of these groups can have none.
     """
@@ -200,7 +202,7 @@ def first_moments(base: Optimizer) -> list[tuple[Group, Tensor, Tensor]]:
     params = (
         (group, p) for group, rho in zip(base.param_groups, rhos, strict=True) if rho > 0 for p in group["params"]
     )
-    found = ((group, p, moment_of(base.state.get(p, {}))) for group, p in params)
+    found = ((group, p, moment_of(base.state.get(p, {}))) for group, p in params if p.requires_grad)
     return [(group, p, moment) for group, p, moment in found if moment is not None]
 
 

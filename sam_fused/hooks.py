@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
+from torch.utils.hooks import RemovableHandle
 
 from .distributed import inner_modules
 
@@ -16,23 +17,27 @@ if TYPE_CHECKING:
     from .msam import MSAM
 
 
-def attach(opt: MSAM, model: nn.Module) -> None:
-    """From now on ``model`` shows its clean weights or its perturbed ones, as :class:`FusedMSAM` says."""
-    hooks = _Hooks(opt)
-    for module in inner_modules(model):
-        for earlier in _Hooks.of(module):
+def attach(opt: MSAM, model: nn.Module) -> Hooks:
+    """Until they are removed ``model`` shows its clean weights or its perturbed ones, as :class:`FusedMSAM` says."""
+    whole = inner_modules(model)
+    hooks = Hooks(opt, whole[-1])
+    for module in whole:
+        for earlier in Hooks.of(module):
             earlier.give_way(opt)
-        # before FSDP2's, which gathers the weights
-        module.register_forward_pre_hook(hooks.before_forward, prepend=True)
-    for module in model.modules():  # a part may be saved alone
-        module.register_state_dict_pre_hook(hooks.before_state_dict)
-        module.register_load_state_dict_pre_hook(hooks.before_loading)
+    for module in model.modules():  # a part may be called or saved alone
+        before = hooks.before_forward if module in whole else hooks.before_part
+        hooks.handles += (
+            module.register_forward_pre_hook(before, prepend=True),  # before FSDP2's, which gathers the weights
+            module.register_state_dict_pre_hook(hooks.before_state_dict),
+            module.register_load_state_dict_pre_hook(hooks.before_loading),
+        )
+    return hooks
 
 
 @contextmanager
 def clean_weights(model: nn.Module) -> Iterator[None]:
     """Within it ``model`` has its clean weights, whatever passes are made; afterwards those that it had before."""
-    opts = [hooks.opt for module in model.modules() for hooks in _Hooks.of(module) if hooks.opt is not None]
+    opts = [hooks.opt for module in model.modules() for hooks in Hooks.of(module) if hooks.opt is not None]
     before = [(opt, opt._training, opt.perturbed) for opt in dict.fromkeys(opts)]
     try:
         for opt, *_ in before:
@@ -45,20 +50,22 @@ def clean_weights(model: nn.Module) -> Iterator[None]:
                 opt.train()
 
 
-class _Hooks:
+class Hooks:
     """One optimizer's. A copy of the module has nothing to do with it."""
 
-    def __init__(self, opt: MSAM | None = None) -> None:
+    def __init__(self, opt: MSAM | None = None, model: nn.Module | None = None) -> None:
         self.opt = opt
+        self.model = model
+        self.handles: list[RemovableHandle] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Hooks, ()
+        return Hooks, ()
 
     @staticmethod
-    def of(module: nn.Module) -> list[_Hooks]:
+    def of(module: nn.Module) -> list[Hooks]:
         """Those that earlier optimizers have put on ``module``."""
         owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
-        return [owner for owner in owners if isinstance(owner, _Hooks)]
+        return [owner for owner in owners if isinstance(owner, Hooks)]
 
     def give_way(self, to: MSAM) -> None:
         """To a new optimizer of the same parameters, as where a notebook's cell runs again."""
@@ -67,7 +74,13 @@ class _Hooks:
             return
         if opt._changed() is None:  # or what they were changed to is what is wanted
             opt.eval()
-        self.opt = None
+        self.remove()
+
+    def remove(self) -> None:
+        """From the model, which then knows nothing of the optimizer."""
+        for handle in self.handles:
+            handle.remove()
+        self.opt, self.model, self.handles = None, None, []
 
     @_disable_dynamo
     def before_forward(self, module: nn.Module, args: Any) -> None:
@@ -81,6 +94,19 @@ class _Hooks:
             self.opt._perturb()
         else:
             self.opt._clean("a forward pass")
+
+    def before_part(self, module: nn.Module, args: Any) -> None:
+        """As before a forward pass of the model, which a trainer may never call: Lightning calls its parts.
+
+        The model's mode decides: a layer in eval mode may be a frozen one, and a part of a training pass may run
+        without gradients.
+        """
+        if torch.compiler.is_compiling() or self.opt is None or self.model is None:
+            return
+        if torch.is_grad_enabled() or not self.model.training:
+            trains = self.model.training and torch.is_grad_enabled() and self.opt._training
+            if not trains or not self.opt.perturbed:
+                self.before_forward(self.model, args)
 
     def before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         if self.opt is not None:

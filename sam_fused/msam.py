@@ -19,7 +19,7 @@ from .bases import check_moments
 from .buffers import fits
 from .distributed import local
 from .fused import Fused
-from .hooks import attach
+from .hooks import Hooks, attach
 from .parameters import name_of
 from .reference import Reference
 
@@ -28,7 +28,7 @@ class MSAM(Around):
     """What :class:`FusedMSAM` and :class:`ReferenceMSAM` share; see :class:`FusedMSAM` for the arguments."""
 
     way_back = "call eval() first, and train() to go on"
-    kept = (*Around.kept, "_training")
+    kept = ("base_optimizer", "_model", "_training")
 
     def __init__(
         self,
@@ -49,8 +49,22 @@ class MSAM(Around):
         self._loaded = False  # a checkpoint, since when the weights were not perturbed
         self._passes: set[str] = set()  # in which modes the model was used since the last step
         self._marks: bytes | None = None  # of the perturbed weights; None: not known
-        if self.model is not None:
-            attach(self, self.model)
+        self._hooks: Hooks | None = None
+        self.model = self.model  # which puts the hooks on it
+
+    @property
+    def model(self) -> nn.Module | None:
+        """As given, also later: what shows the clean weights or the perturbed ones by itself. None takes that back."""
+        return self._model
+
+    @model.setter
+    def model(self, model: nn.Module | None) -> None:
+        self._model = model
+        if "_hooks" not in self.__dict__:  # the constructor has yet to make the rest
+            return
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks = None if model is None else attach(self, model)
 
     def _check_groups(self) -> None:
         super()._check_groups()

@@ -46,7 +46,7 @@ def check_memory(groups: Sequence[Group]) -> None:
             begin = address(p)
             if begin:
                 spans.append((str(p.device), begin, begin + _extent(p) * p.element_size(), g, i))
-                if _overlaps_itself(p):
+                if overlaps_itself(p):
                     raise ValueError(f"{name_of(groups, g, i)}: its elements share memory with each other; clone() it")
     spans.sort()
     open_spans: list[tuple[str, int, int, int, int]] = []  # that reach beyond where the next begins
@@ -99,7 +99,10 @@ def _share_memory(p: Tensor, q: Tensor) -> bool:
     return bool(torch.isin(_places(p, unit), _places(q, unit)).any())
 
 
-def _overlaps_itself(p: Tensor) -> bool:
+def overlaps_itself(p: Tensor) -> bool:
+    """Whether two of its elements share memory, as those of an expanded tensor do."""
+    if p.layout != torch.strided:
+        return False
     inner = 1
     for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
         if size > 1:

@@ -27,7 +27,7 @@ from .distributed import (
 )
 from .geometry import ascent_scale, check_options
 from .hooks import clean_weights
-from .parameters import check_group, check_memory
+from .parameters import check_group, check_memory, overlaps_itself
 
 T = TypeVar("T")
 
@@ -188,7 +188,7 @@ class _Landscape:
         self.buckets: list[tuple[Tensor, Tensor]] = []
         self.halves: list[tuple[Tensor, Tensor]] = []
         self.weights: list[Tensor] = []
-        self.buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self.buffers: list[tuple[nn.Module, str, Tensor, Tensor | None]] = []
 
     def _weighted(self, batches: list[Any]) -> list[tuple[Any, Any, float]]:
         """With each batch's weight in the mean over all examples of all processes."""
@@ -240,7 +240,9 @@ class _Landscape:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if _storage(buffer) not in held:
-                    self.buffers.append((module, name, buffer, local(buffer).clone()))
+                    # no forward pass can write to an expanded one
+                    value = None if overlaps_itself(local(buffer)) else local(buffer).clone()
+                    self.buffers.append((module, name, buffer, value))
 
     @torch.no_grad()
     def _leave(self) -> None:
@@ -265,7 +267,8 @@ class _Landscape:
         for module, name, buffer, value in self.buffers:
             if getattr(module, name) is not buffer:
                 setattr(module, name, buffer)
-            local(buffer).copy_(value)
+            if value is not None:
+                local(buffer).copy_(value)
         for module in self.sharded:
             module.reshard()
 

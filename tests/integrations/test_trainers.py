@@ -325,8 +325,21 @@ def test_lightning_trains_in_one_pass_with_parameters_of_another_precision(preci
     assert loss.isfinite()
 
 
-def test_lightning_validates_with_the_clean_weights():
-    module = OnePass()
+class OnePassOfAll(OnePass):
+    """Lightning calls validation_step, and never the module itself."""
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        model = self.trainer.model if self.of_trainer else self
+        self.opt = FusedMSAM(self.parameters(), torch.optim.AdamW, lr=0.05, rho=0.3, model=model)
+        scheduler = torch.optim.lr_scheduler.StepLR(self.opt, 5, 0.5)
+        return {**configured, "optimizer": self.opt, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@pytest.mark.parametrize("model", ["net", "self", "trainer.model"])
+def test_lightning_validates_with_the_clean_weights(model):
+    module = OnePass() if model == "net" else OnePassOfAll()
+    module.of_trainer = model == "trainer.model"
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = pl.Trainer(max_epochs=EPOCHS, accelerator="cpu", **quiet)
     trainer.fit(module, LOADER, LOADER)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -419,6 +421,85 @@ def test_the_model_shows_the_weights_that_are_wanted(cls):
     model(batch(0)[0])
     opt.eval()
     assert same(model, [torch.zeros_like(w) for w in clean])
+
+
+class Halves(nn.Module):
+    """Whose parts a trainer calls, and never the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(network())
+
+
+@both
+def test_parts_that_are_called_alone_go_by_the_whole_models_mode(cls):
+    model = Halves()
+    whole = nn.Sequential(*model.parts)  # which the optimizer does not know
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
+    twin = network()
+    theirs = cls(twin.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    x, _ = batch(9)
+    for steps in (range(3), range(3, 5)):
+        train(whole, opt, steps)
+        train(twin, theirs, steps)
+        assert opt.perturbed
+        with torch.no_grad():  # a part of a training pass may ask for no gradients
+            model.parts[0](x)
+        assert opt.perturbed
+        model.eval()
+        theirs.eval()
+        whole(x)
+        assert not opt.perturbed
+        assert same(twin, values(model))
+        model.train()
+        theirs.train()
+    model.parts[1].eval()  # a frozen layer is no evaluation
+    backward(whole, 5)
+    assert opt.perturbed
+
+
+@both
+def test_a_model_that_is_given_later_and_taken_away(cls):
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    for given in (model, nn.Sequential(model)):  # as it is wrapped later
+        opt.model = given
+        train(given, opt, range(2))
+        assert opt.perturbed
+        given.eval()
+        given(batch(0)[0])
+        assert not opt.perturbed
+        given.train()
+    opt.eval()
+    opt.model = None
+    kept = [hooks for m in given.modules() for hooks in (m._forward_pre_hooks, m._state_dict_pre_hooks) if hooks]
+    assert not kept
+    torch.jit.script(model)
+    gone = weakref.ref(opt)
+    del opt
+    gc.collect()
+    assert gone() is None
+
+
+@both
+def test_frozen_parameters_have_no_share_in_the_perturbation(cls):
+    model, opt = trained(cls, 3, hooked=True)
+    frozen, rest = list(model[0].parameters()), [*model[1].parameters(), *model[3].parameters()]
+    model[0].requires_grad_(False)
+    for again in (False, True):
+        train(model, opt, range(3, 5))
+        perturbed = values(model)
+        opt.eval()
+        assert all(map(torch.equal, frozen, perturbed[:2]))
+        eps = [a - p.detach() for a, p in zip(perturbed[2:], rest, strict=True)]
+        torch.testing.assert_close(torch.cat([e.flatten() for e in eps]).norm().item(), 0.3, rtol=1e-4, atol=0.0)
+        opt.train()
+        assert same(model, perturbed)
+        if again:
+            model[0].requires_grad_(True)
+            opt.eval()
+            opt.train()
+            assert not torch.equal(frozen[0], perturbed[0])
 
 
 @both

@@ -237,6 +237,24 @@ def test_a_model_in_momentum_sam_s_hands(kind, training, state):
     assert all(torch.equal(p, q) for p, q in zip(trained(True), trained(False), strict=True))
 
 
+def test_a_part_of_a_model_in_momentum_sam_s_hands():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    opt = FusedMSAM(net.parameters(), torch.optim.Adam, lr=0.01, rho=0.5, model=net)
+    x, target = torch.randn(16, 5), torch.randn(16, 8)
+    for _ in range(2):
+        opt.zero_grad()
+        net(x).square().mean().backward()
+        opt.step()
+    net.state_dict()
+    common = nn.functional.mse_loss, [(x, target)], 0.05
+    expected = measure_sharpness(copy.deepcopy(net[0]), *common)
+    opt.train()
+    assert measure_sharpness(net[0], *common) == expected
+    assert opt.perturbed
+    opt.step()
+
+
 def test_a_generator_makes_it_reproducible():
     model, twice = network().eval(), []
     for _ in range(2):
@@ -576,6 +594,17 @@ def test_every_forward_starts_from_the_same_buffers(which, training):
     for name, b in model.named_buffers():
         assert b is buffers[name][0]
         assert torch.equal(b, buffers[name][1]), name
+
+
+def test_expanded_and_sparse_buffers_stay_as_they_are():
+    model = Quadratic()
+    expected = measure_sharpness(model, mean, data(), RHO, "realised")
+    model.register_buffer("wide", torch.ones(1, 2).expand(4, 2))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    model.first.grad = torch.ones(2, dtype=torch.float64)
+    assert measure_sharpness(model, mean, data(), RHO, "realised") == expected
+    assert torch.equal(model.first.grad, torch.ones(2, dtype=torch.float64))
+    assert model.wide.stride() == (0, 1)
 
 
 def test_frozen_wrappers_are_left_alone():
