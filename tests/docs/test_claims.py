@@ -211,6 +211,8 @@ def ties(dataset: str) -> dict[tuple[str, str, str], list[float]]:
 
 
 TIES = ties("digits")
+CIFAR10 = {key: cell for key, cell in NOISE["cifar10"].items() if key[1] > 0}  # with wrong labels
+LATE = [*(("cifar10", *key[:2]) for key in CIFAR10 if key[2] == "late"), ("digits", "sgd", 60)]
 
 
 def wrong_labels(dataset: str, base: str, part: int, method: str, at: str = "last") -> tuple[float, float]:
@@ -254,7 +256,7 @@ def unlearning() -> list[str]:
 
 def chosen_rhos(method: str) -> str:
     """From the lowest to the highest: CIFAR-10."""
-    rhos = {r.settings["rho"] for (*_, name), c in NOISE["cifar10"].items() if name == method for r in c.runs.values()}
+    rhos = {r.settings["rho"] for (*_, name), c in CIFAR10.items() if name == method for r in c.runs.values()}
     return f"{min(rhos):g} to {max(rhos):g}"
 
 
@@ -468,7 +470,7 @@ def test_the_learning_rate_that_cuts_the_base_short():
 
 
 def test_what_excludes_0_with_wrong_labels():
-    gains = {key: wrong_labels("cifar10", *key) for key in NOISE["cifar10"] if key[2] != "base"}
+    gains = {key: wrong_labels("cifar10", *key) for key in CIFAR10 if key[2] != "base"}
     with_adam = {("adam", 20, method) for method in ("sam", "late", "msam")}
     assert {key for key, (low, _) in gains.items() if low > 0} == {
         *with_adam,
@@ -480,24 +482,22 @@ def test_what_excludes_0_with_wrong_labels():
 
 
 def test_what_gains_over_stopping_early_with_wrong_labels():
-    for key in NOISE["cifar10"]:
+    for key in CIFAR10:
         low, _ = above_early_stopping(*key)
         assert (low > 0) == (key in {("sgd", 40, "late"), ("adam", 20, "late")}), key
 
 
 def test_what_late_sam_gains_in_the_best_epoch():
     """ "two of the five intervals are above 0"."""
-    cases = [*(("cifar10", *key[:2]) for key in NOISE["cifar10"] if key[2] == "late"), ("digits", "sgd", 60)]
-    lows = [wrong_labels(*case, "late", "best")[0] for case in cases]
+    lows = [wrong_labels(*case, "late", "best")[0] for case in LATE]
     assert (len(lows), sum(low > 0 for low in lows)) == (5, 2)
 
 
 def test_what_late_sam_costs():
     """ "in 1.35 to 1.55 times the base's time"."""
-    cases = [*(("cifar10", *key[:2]) for key in NOISE["cifar10"] if key[2] == "late"), ("digits", "sgd", 60)]
     times = [
         noise.time_ratio(*(NOISE[dataset][base, part, method].seconds() for method in ("base", "late")))
-        for dataset, base, part in cases
+        for dataset, base, part in LATE
     ]
     assert (min(times), max(times)) == ("1.35", "1.55")
 
@@ -511,12 +511,12 @@ def test_momentum_sam_s_best_epoch_with_wrong_labels():
 
 
 def test_where_late_sam_gains_most():
-    """In all of CIFAR-10, and in one part of digits."""
-    for dataset, parts in (("cifar10", {key[:2] for key in NOISE["cifar10"]}), ("digits", {("sgd", 60)})):
-        for part in parts:
-            cells = {key[2]: cell for key, cell in NOISE[dataset].items() if key[:2] == part}
-            means = {method: statistics.mean(cell.last("test_acc").values()) for method, cell in cells.items()}
-            assert max(means, key=lambda method: means[method]) == "late"
+    """In all of CIFAR-10 with wrong labels, and in one part of digits."""
+    assert len(LATE) == 5
+    for dataset, base, part in LATE:
+        cells = {key[2]: cell for key, cell in NOISE[dataset].items() if key[:2] == (base, part)}
+        means = {method: statistics.mean(cell.last("test_acc").values()) for method, cell in cells.items()}
+        assert max(means, key=lambda method: means[method]) == "late"
 
 
 def test_momentum_sam_may_not_train_at_the_chosen_rho():
@@ -526,7 +526,7 @@ def test_momentum_sam_may_not_train_at_the_chosen_rho():
 
 
 def test_a_large_rho_from_the_start_does_not_train():
-    grid = [r for r in READ_NOISE["cifar10"] if r.in_grid and "-sam-" in r.name]
+    grid = [r for r in READ_NOISE["cifar10"] if r.in_grid and "-sam-" in r.name and r.settings["label_noise"] > 0]
     trained = {base: {r.settings["rho"] for r in grid if r.settings["base"] == base} for base in ("sgd", "adam")}
     for r in grid:
         if r.metrics[-1]["test_acc"] < 0.11:  # one class for all images
