@@ -371,6 +371,9 @@ CLAIMS = {
         f"images choose {chosen_rhos('sam')}, and for the second half {chosen_rhos('late')}.",
         f"{size('cifar10', 'adam', 20, 'msam')} points after the last epoch, with "
         f"{on_cifar10('adam', 20, 'msam', 'memorised'):.0f} % of the wrong labels memorised",
+        f"around SGD: {size('cifar10', 'sgd', 0, 'late')} points after the last epoch, over "
+        f"{of_sgd(0, 'base', 'test_acc'):.1f} %",
+        f"best epoch Momentum-SAM loses {size('cifar10', 'sgd', 0, 'msam', 'best')}.",
         f"best epoch it is {size('cifar10', 'sgd', 40, 'msam', 'best')} points above the base's best",
         f"Momentum-SAM {MSAM_GAINS} [with 10,000]",
         f"Momentum-SAM gains {size('digits', 'adam', 20, 'msam', 'best')} points with 20 % wrong",
@@ -485,6 +488,14 @@ def test_what_gains_over_stopping_early_with_wrong_labels():
     for key in CIFAR10:
         low, _ = above_early_stopping(*key)
         assert (low > 0) == (key in {("sgd", 40, "late"), ("adam", 20, "late")}), key
+
+
+def test_what_is_not_certain_without_wrong_labels():
+    for method in ("sam", "msam"):
+        low, high = wrong_labels("cifar10", "sgd", 0, method)
+        assert low < 0 < high
+    low, high = above_early_stopping("sgd", 0)
+    assert low < 0 < high
 
 
 def test_what_late_sam_gains_in_the_best_epoch():
