@@ -100,16 +100,16 @@ class Fused(Arithmetic):
         moving = [bucket for bucket in plan.descent if bucket.ascends]
         places = {(bucket.device, bucket.placement) for bucket in moving}
         updated = {id(p) for bucket in moving for p in bucket.params}
-        ascending = [p for group in self.base.param_groups if group["rho"] > 0 for p in group["params"]]
+        ascending = (p for group in self.base.param_groups if group["rho"] > 0 for p in group["params"])
+        wanted = {
+            id(p)
+            for p in ascending
+            if p.requires_grad and (id(p) in updated or moment_of(self.base.state.get(p, {})) is not None)
+        }
         return (
             bool(moving)
             and not plan.leftover
-            and all(p.requires_grad for p in ascending if id(p) in updated)
-            and not any(
-                p.requires_grad and moment_of(self.base.state.get(p, {})) is not None
-                for p in ascending
-                if id(p) not in updated
-            )
+            and wanted == updated
             and len(places) == len(moving)  # or the norm would be summed in another order than in `measure`
             and all(bucket.update is not None and bucket.update.moment is not None for bucket in moving)
             and all(

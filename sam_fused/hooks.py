@@ -103,10 +103,8 @@ class Hooks:
         """
         if torch.compiler.is_compiling() or self.opt is None or self.model is None:
             return
-        if torch.is_grad_enabled() or not self.model.training:
-            trains = self.model.training and torch.is_grad_enabled() and self.opt._training
-            if not trains or not self.opt.perturbed:
-                self.before_forward(self.model, args)
+        if not self.model.training or (torch.is_grad_enabled() and not self.opt.perturbed):
+            self.before_forward(self.model, args)
 
     def before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         if self.opt is not None:

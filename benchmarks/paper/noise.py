@@ -200,22 +200,22 @@ def searched(base: str, method: str) -> str:
     return (METHODS[method].grid or LEARNING_RATES[base]).name
 
 
-def grids_of(runs: list[Result]) -> dict[tuple[str, str, str], dict[float, Result]]:
+def grids_of(runs: list[Result]) -> dict[tuple[str, int, str], dict[float, Result]]:
     """By base, part of wrong labels in % and method: the runs of its grid by value, in ascending order."""
-    found: dict[tuple[str, str, str], dict[float, Result]] = {}
+    found: dict[tuple[str, int, str], dict[float, Result]] = {}
     for r in runs:
         if r.in_grid:
             base, noise, *words = r.name.removeprefix(GRID).split("-")
             method = "base" if words[0].startswith("lr") else words[0]
-            found.setdefault((base, noise, method), {})[r.settings[searched(base, method)]] = r
+            found.setdefault((base, int(noise), method), {})[r.settings[searched(base, method)]] = r
     order = [(b, n, m) for b, n in dict.fromkeys((b, n) for b, n, _ in found) for m in METHODS if (b, n, m) in found]
     return {key: dict(sorted(found[key].items())) for key in order}
 
 
-def grid_row(base: str, noise: str, method: str, grid: dict[float, Result]) -> list[str]:
+def grid_row(base: str, noise: int, method: str, grid: dict[float, Result]) -> list[str]:
     scores = [f"{value:g}: {r.outcome('val_acc', 1)}" for value, r in grid.items()]
     number = "learning rate" if method == "base" else searched(base, method).replace("_", " ")
-    return [OPTIMIZERS[base], noise, METHODS[method].title, number, ", ".join(scores)]
+    return [OPTIMIZERS[base], str(noise), METHODS[method].title, number, ", ".join(scores)]
 
 
 def markdown(runs: list[Result]) -> str:

@@ -201,7 +201,7 @@ NOISE = {dataset: noise.cells_of(runs) for dataset, runs in READ_NOISE.items()}
 GRIDS = {dataset: noise.grids_of(runs) for dataset, runs in READ_NOISE.items()}
 
 
-def ties(dataset: str) -> dict[tuple[str, str, str], list[float]]:
+def ties(dataset: str) -> dict[tuple[str, int, str], list[float]]:
     """Of each grid in which several values have the highest validation accuracy: these."""
     found = {}
     for key, grid in GRIDS[dataset].items():
@@ -467,8 +467,8 @@ def test_weight_decays_that_are_chosen():
 
 def test_the_learning_rate_that_cuts_the_base_short():
     """ "The chosen learning rate, 1e-05, is the lowest that was tried, and 3e-05 is as good": digits, Adam, 60 %."""
-    assert min(GRIDS["digits"]["adam", "60", "base"]) == 1e-5
-    assert TIES["adam", "60", "base"] == [1e-5, 3e-5]
+    assert min(GRIDS["digits"]["adam", 60, "base"]) == 1e-5
+    assert TIES["adam", 60, "base"] == [1e-5, 3e-5]
     assert {r.settings["lr"] for r in NOISE["digits"]["adam", 60, "long"].runs.values()} == {1e-5}
 
 

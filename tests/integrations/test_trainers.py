@@ -28,8 +28,11 @@ DATA = TensorDataset(torch.randn(48, 6), torch.randint(3, (48,)))
 LOADER = DataLoader(DATA, batch_size=8)
 
 
-def make(model: nn.Module, rho: float = 0.3, **options) -> tuple[FusedSAM, torch.optim.lr_scheduler.StepLR]:
-    opt = FusedSAM(model.parameters(), torch.optim.AdamW, lr=0.05, rho=rho, model=model, **options)
+def make(
+    model: nn.Module, rho: float = 0.3, given: nn.Module | None = None, **options
+) -> tuple[FusedSAM, torch.optim.lr_scheduler.StepLR]:
+    """``given``: as ``model=``, where that is something around ``model``."""
+    opt = FusedSAM(model.parameters(), torch.optim.AdamW, lr=0.05, rho=rho, model=given or model, **options)
     return opt, torch.optim.lr_scheduler.StepLR(opt, 5, 0.5)
 
 
@@ -50,8 +53,10 @@ def plain_loop(accumulate: int = 1, bf16: bool = False, rho: float = 0.3) -> dic
     return model.state_dict()
 
 
-def make_one_pass(model: nn.Module) -> tuple[FusedMSAM, torch.optim.lr_scheduler.StepLR]:
-    opt = FusedMSAM(model.parameters(), torch.optim.AdamW, lr=0.05, rho=0.3, model=model)
+def make_one_pass(
+    model: nn.Module, given: nn.Module | None = None
+) -> tuple[FusedMSAM, torch.optim.lr_scheduler.StepLR]:
+    opt = FusedMSAM(model.parameters(), torch.optim.AdamW, lr=0.05, rho=0.3, model=given or model)
     return opt, torch.optim.lr_scheduler.StepLR(opt, 5, 0.5)
 
 
@@ -95,23 +100,22 @@ class Automatic(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         return self.loss(batch)
 
+    def make(self):
+        return make(self.net)
+
     def configure_optimizers(self):
-        self.opt, scheduler = make(self.net)
+        self.opt, scheduler = self.make()
         return {"optimizer": self.opt, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class WithTheTrainersModel(Automatic):
     """As in docs/trainers.md. ``reduced`` counts DistributedDataParallel's messages before each pass and at the end."""
 
-    def configure_optimizers(self):
-        self.opt = FusedSAM(self.parameters(), torch.optim.AdamW, lr=0.05, rho=0.3, model=self.trainer.model)
+    def make(self):
         self.messages, self.reduced = 0, []
         if isinstance(self.trainer.model, DistributedDataParallel):
             self.trainer.model.register_comm_hook(None, self.count)
-        return {
-            "optimizer": self.opt,
-            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(self.opt, 5, 0.5), "interval": "step"},
-        }
+        return make(self.net, given=self.trainer.model)
 
     def count(self, _, bucket):
         self.messages += 1
@@ -290,9 +294,8 @@ def test_lightning_resumes(cls, tmp_path):
 class OnePass(Automatic):
     """Automatic optimization as it is for any optimizer."""
 
-    def configure_optimizers(self):
-        self.opt, scheduler = make_one_pass(self.net)
-        return {"optimizer": self.opt, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def make(self):
+        return make_one_pass(self.net)
 
     def validation_step(self, batch, batch_idx):
         x, y = batch
@@ -328,12 +331,8 @@ def test_lightning_trains_in_one_pass_with_parameters_of_another_precision(preci
 class OnePassOfAll(OnePass):
     """Lightning calls validation_step, and never the module itself."""
 
-    def configure_optimizers(self):
-        configured = super().configure_optimizers()
-        model = self.trainer.model if self.of_trainer else self
-        self.opt = FusedMSAM(self.parameters(), torch.optim.AdamW, lr=0.05, rho=0.3, model=model)
-        scheduler = torch.optim.lr_scheduler.StepLR(self.opt, 5, 0.5)
-        return {**configured, "optimizer": self.opt, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def make(self):
+        return make_one_pass(self.net, self.trainer.model if self.of_trainer else self)
 
 
 @pytest.mark.parametrize("model", ["net", "self", "trainer.model"])
