@@ -37,7 +37,7 @@ def pooled(params: list[Tensor], pool: int) -> list[Tensor]:
     An operator call then walks through one run of memory: with a thousand small tensors, the misses of a thousand
     scattered ones cost more than the arithmetic. ``pool`` is a small number that differs among the pools that one
     call walks through together. It shifts their beginnings by 1 KiB: at equal offsets within a page they would push
-    each other out of the cache (24 x 4 M, Adam's update with one thread: 90 ms against 60).
+    each other out of the cache.
     """
     sizes: dict[tuple[torch.dtype, torch.device], int] = defaultdict(int)
     offsets = []

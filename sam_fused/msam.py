@@ -54,7 +54,7 @@ class MSAM(Around):
 
     @property
     def model(self) -> nn.Module | None:
-        """As given, also later: what shows the clean weights or the perturbed ones by itself. None takes that back."""
+        """The model that shows its clean or perturbed weights by itself; may be set later. None takes that back."""
         return self._model
 
     @model.setter

@@ -323,7 +323,7 @@ class FusedSAM(SAM):
             unscaled, and an overflow in the first pass makes it back off too.
         sync_perturbation: average the first pass over the processes too: SAM on the whole batch.
         lean_ascent: in :meth:`step` with a closure, the first pass takes no gradients of groups with rho 0. With
-            :func:`norm_only` it then costs about three quarters of a whole pass.
+            :func:`norm_only` it then costs about 0.7 of a whole pass.
         base_kwargs: the base's own options, ``lr`` and the like.
 
     Raises:

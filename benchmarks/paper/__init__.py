@@ -1,1 +1,1 @@
-"""Experiments: the paper's Table I and what its sharpness says, wrong labels, rounding, the demo."""
+"""Experiments: the paper's Table I and what its sharpness says, wrong labels, memorising, rounding, the demo."""

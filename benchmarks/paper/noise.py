@@ -2,7 +2,7 @@
 
     python -m benchmarks.paper.noise --preset digits --threads 1 --out runs/noise-digits
     python -m benchmarks.paper.noise --preset cifar10 --data DIR --threads 1 --out runs/noise-cifar10
-    python -m benchmarks.paper.noise --report-only --out results/noise-digits    # the tables and the figure again
+    python -m benchmarks.paper.noise --report-only --out results/noise-digits    # the tables and the figures again
 
 A part of the training and the validation labels is wrong; the labels of the test set are right. For each base and part
 the learning rate is chosen first, with the plain base; then, with it, each method's own number. What is chosen has the

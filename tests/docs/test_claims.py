@@ -313,7 +313,7 @@ CLAIMS = {
         f"and {intervals_without_0()[0]} of their intervals exclude 0, all of SGD",
         f"SAM lowers the test loss in {lower(last('test_loss'))} of {ALL}, all",
         f"all {lower(last('test_loss'), ['fair'])} of `fair` among them",
-        f"higher training loss, in all {IN_WORDS[sum(x > 0 for x in differences(last('train_loss')))]}",
+        f"higher training loss, in all {IN_WORDS[sum(x > 0 for x in differences(last('train_loss')))]} comparisons",
         f"{MSAM_GAINS} in all four comparisons".replace("gains", "gains**"),
         f"lower with SAM in {lower(recorded, ['large'])} of the four comparisons, and Adam + SAM is more accurate than "
         f"SGD + SAM for {adam_beats_sgd(['large'])} of the two",
@@ -326,13 +326,13 @@ CLAIMS = {
         f"for {of_both(lambda net, base: 100 * net.mean(base, 'train_acc'), 0)} % of their",
     ],
     "README.md": [
-        f"with ResNet-18 of width 16 it takes {passes('FusedSAM')} passes' time with FusedSAM and with",
-        f"and with pytorch_optimizer, and {passes('FusedMSAM')} with FusedMSAM (AMD EPYC",
+        f"ResNet-18 of width 16 takes the time of {passes('FusedSAM')} passes with FusedSAM and with "
+        f"pytorch_optimizer, and of {passes('FusedMSAM')} with FusedMSAM (AMD EPYC",
         f"Adam at learning rate {demo.SETTING['lr']:g}, SAM at rho {demo.RHO:g}; one run",
         f"{MSAM_GAINS} in all four comparisons with 10,000 images",
         f"the sharpness that training records is lower with SAM in all {lower(recorded)} comparisons with 1,000",
         f"and in {lower(recorded, ['large'])} of four with 10,000",
-        f"SGD + SAM in all {adam_beats_sgd()} pairs, and in {adam_beats_sgd(['large'])} of two",
+        f"SGD + SAM in all {adam_beats_sgd()} pairs with 1,000 and in {adam_beats_sgd(['large'])} of two with 10,000",
         f"chooses a rho of {min(RHOS['sam'])} to {max(RHOS['sam'])}",
         f"SGD ends at {of_sgd(40, 'base', 'test_acc'):.1f} % accuracy on the clean test images, with",
         f"{of_sgd(40, 'base', 'memorised'):.0f} % of the wrong labels memorised. With SAM in the second half",
@@ -356,9 +356,9 @@ CLAIMS = {
         f"of the batch {size('digits', 'sgd', 60, 'part')}.",
         f"{size('cifar10', 'sgd', 40, 'late')} points around SGD with 40 % wrong, and "
         f"{size('cifar10', 'adam', 20, 'late')} around Adam with 20 %",
-        f"The bases give back {memorised('base')} % of the wrong labels",
-        "from {} to {} % and from {} to {} %, and ends at".format(*unlearning()),
-        f"and ends at {memorised('late')} %.",
+        f"the bases give back {memorised('base')} % of the wrong labels",
+        "this share falls from {} to {} % and from {} to {} %.".format(*unlearning()),
+        f"It ends at {memorised('late')} %.",
         f"{size('cifar10', 'adam', 40, 'late')} points around Adam with 40 % wrong, where the chosen",
         f"larger and Adam memorises {on_cifar10('adam', 40, 'base', 'memorised'):.0f} %",
         f"{of_sgd(20, 'late', 'test_acc') - of_sgd(20, 'base', 'test_acc'):.1f} points on average, with an "
@@ -381,7 +381,7 @@ CLAIMS = {
         f"the base gains {size('digits', 'sgd', 40, 'decay', 'best')} by the weight decay that is chosen, and "
         f"{size('digits', 'sgd', 40, 'long', 'best')} by twice",
         f"With SGD and 40 % wrong it memorises {memorised_more('msam')} points more than the base",
-        f"above the base's best, at {MSAM_STOPPED}: as much",
+        f"above the base's best, at {MSAM_STOPPED}: about as much",
     ],
     "docs/sharpness.md": [
         f"the realised and the average sharpness in all {lower(measured('realised'))} comparisons",
@@ -390,8 +390,8 @@ CLAIMS = {
         f"realised rise is {span(realised(0.05, SAM_GEOMETRY))} times the first-order value",
         f"below 1 in {sum(x < 1 for x in EQUAL)} of {len(EQUAL)} pairs of runs ({span(x for x in EQUAL if x < 1)})",
         f"at rho 2 it is {span(realised(2.0, ['paper-code']), 1)}",
-        f"plain SGD's falls, to {span(trend('sgd')['lowest'])} of the first epoch's",
-        f"to {span(trend('sgd')['last'])} of it in the end",
+        f"plain SGD's falls at first, to {span(trend('sgd')['lowest'])} times that of the first",
+        f"and ends at {span(trend('sgd')['last'])} times that of the first",
         f"recorded sharpness is {VGG16.equal(('sgd', 'adam'))} times SGD's for VGG16, and "
         f"{RESNET18.equal(('sgd', 'adam'))} times for ResNet-18",
         f"SGD's ends at {span(trend('sgd', ['large'])['last'])} times the first epoch's",
@@ -409,7 +409,7 @@ def test_claim(page, claim):
 
 
 def test_whole_training_steps_take_the_same_time():
-    """ "2.0 passes' time with FusedSAM and with pytorch_optimizer"."""
+    """ "the time of 2.0 passes with FusedSAM and with pytorch_optimizer"."""
     assert passes("pytorch_optimizer SAM") == passes("pytorch_optimizer SAM, fused=True") == passes("FusedSAM")
 
 
