@@ -39,7 +39,8 @@ class Gradients {
  public:
   void add(const Tensor& param, const Tensor& grad) {
     const bool wrapper = grad.key_set().has(c10::DispatchKey::Python);
-    add(grad, !wrapper && sam::fits(grad, param) ? grad.const_data_ptr() : nullptr);
+    const bool fits = !wrapper && sam::is_dense(param) && sam::fits(grad, param);
+    add(grad, fits ? grad.const_data_ptr() : nullptr);
   }
 
   std::unique_ptr<Gradients> pick(const std::vector<size_t>& positions) const {

@@ -46,6 +46,8 @@ bool same_strides(const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
+bool is_dense(const Tensor& t) { return t.is_non_overlapping_and_dense() && !t.is_neg(); }
+
 bool fits(const Tensor& t, const Tensor& like) {
   if (!same_kind(t, like) || t.dtype() != like.dtype()) return false;
   const Sizes sizes = t.sizes(), others = like.sizes();
@@ -141,14 +143,14 @@ Rows::Rows(Refs params, Sizes run_sizes)
         TORCH_CHECK(p.device() == first.device(), "params[", i, "]: expected device ", first.device(),
                     ", as params[0] has, got ", p.device());
       }
-      const bool in_place = p.is_non_overlapping_and_dense() && !p.is_neg();
-      if (!in_place) {
+      const bool dense = is_dense(p);
+      if (!dense) {
         check_data(p.const_data_ptr(), p, "params", i);
         TORCH_CHECK(at::has_internal_overlap(p) != at::MemOverlap::Yes, "params[", i,
                     "]: expected a tensor whose elements do not share memory, got an expanded one");
         copies_.push_back(at::empty_like(p).copy_(p.detach()));
       }
-      dense_.push_back(in_place ? &p : &copies_.back());
+      dense_.push_back(dense ? &p : &copies_.back());
       Row& row = table_.emplace_back();
       row.dtype = dtype_of(p, "params", i);
       row.group = static_cast<int32_t>(g);
@@ -209,7 +211,7 @@ Rows::Copies Rows::grads(const Reads& grads, const char* name) {
   Copies copies;
   for (size_t i = 0; i < grads.size(); ++i) {
     const auto [grad, data] = grads[i];
-    if (data && dense_[i] == params_[i]) {
+    if (data) {
       table_[i].grad = data;
       continue;
     }

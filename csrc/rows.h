@@ -19,13 +19,16 @@ struct OptionalRefs : Refs {
 };
 using Sizes = at::IntArrayRef;
 
-// A tensor that a call reads. `data` is its memory where it is known to fit its parameter's, so that nothing is left to
-// check; null where it is not.
+// A tensor that a call reads. `data` is its memory where it is known to be laid out as its row is, so that nothing is
+// left to check; null where it is not.
 struct Read {
   const at::Tensor* tensor;
   const void* data = nullptr;
 };
 using Reads = std::vector<Read>;
+
+// Whether kernels may work on the memory of `t` itself: it has neither gaps nor the negative bit.
+bool is_dense(const at::Tensor& t);
 
 // Whether `t` is laid out as `like` is, and of its dtype and device: kernels may see the memory of the one beside that
 // of the other.

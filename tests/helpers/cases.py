@@ -95,14 +95,15 @@ def drawn_groups(draw: Callable[..., Any], rhos: Sequence[float]) -> list[dict[s
     return groups
 
 
+def zeros_with_gaps(t: Tensor) -> Tensor:
+    """In the strides of ``t``, gaps included."""
+    size = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return torch.zeros(size, dtype=t.dtype).as_strided(t.shape, t.stride())
+
+
 def clones(params: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Equal parameters in other memory, with the same strides, gaps included."""
-    out = []
-    for p in params:
-        size = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) if p.numel() else 0
-        copy = torch.zeros(size, dtype=p.dtype).as_strided(p.shape, p.stride())
-        out.append(nn.Parameter(copy.copy_(p.detach())))
-    return out
+    """Equal parameters in other memory, with the same strides."""
+    return [nn.Parameter(zeros_with_gaps(p).copy_(p.detach())) for p in params]
 
 
 def set_grads(params: list[nn.Parameter], seed: int, skip: frozenset[int] = frozenset(), scale: float = 1.0) -> None:
@@ -110,9 +111,9 @@ def set_grads(params: list[nn.Parameter], seed: int, skip: frozenset[int] = froz
     g = generator(seed)
     for i, p in enumerate(params):
         value = (torch.rand(p.shape, generator=g, dtype=torch.float64).sub_(0.5).mul_(4 * scale)).to(p.dtype)
-        # autograd's own contiguous layout on even seeds, the parameter's on odd ones
-        laid_out = value if seed % 2 == 0 else torch.empty_like(p, requires_grad=False).copy_(value)
-        p.grad = None if i in skip else laid_out
+        # in turn contiguous, as from autograd; laid out as the parameter, without its gaps; with them
+        layouts = value, torch.empty_like(p, requires_grad=False), zeros_with_gaps(p)
+        p.grad = None if i in skip else layouts[seed % 3].copy_(value)
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_fused import FusedSAM
+from sam_fused import FusedMSAM, FusedSAM
 from tests.helpers.cases import BASES, assert_near, assert_same_state, awkward, clones, generator, set_grads
 from tests.helpers.fronts import OPS
 from tests.helpers.place import on_the_cpu
@@ -46,7 +46,8 @@ def test_gradients_with_the_negative_bit(cls):
 
 
 @pytest.mark.parametrize("base", ["adam_amsgrad", "sgd_momentum"])
-def test_everything_with_the_negative_bit(base):
+@pytest.mark.parametrize("cls", [FusedSAM, FusedMSAM])
+def test_everything_with_the_negative_bit(cls, base):
     """Parameters, gradients and state."""
     base_cls, options = BASES[base]
     g = generator(0)
@@ -54,15 +55,16 @@ def test_everything_with_the_negative_bit(base):
     mine = [nn.Parameter(negated(v)) for v in values]
     assert all(p.is_neg() for p in mine)
     theirs = [nn.Parameter(v.clone()) for v in values]
-    opt, plain = FusedSAM(mine, base_cls, **options), FusedSAM(theirs, base_cls, **options)
+    opt, plain = (cls(params, base_cls, rho=0.05, **options) for params in (mine, theirs))
+    passes = ["first_step", "second_step"] if cls is FusedSAM else ["step"]
     for step in range(4):
         for o, params in ((opt, mine), (plain, theirs)):
-            for half in (0, 1):
-                set_grads(params, 2 * step + half)
+            for i, name in enumerate(passes):
+                set_grads(params, len(passes) * step + i)
                 if o is opt:
                     for p in params:
                         p.grad = negated(p.grad)
-                o.second_step() if half else o.first_step()
+                getattr(o, name)()
         assert_same_state(opt, plain, 0.0, f"step {step}")
         for p in mine:
             for key, value in opt.state[p].items():
