@@ -39,30 +39,34 @@ def report_overflow(scaler: GradScaler, opt: Optimizer, overflow: Tensor) -> Non
         flag.add_(overflow.to(flag.device))
 
 
+def _unscaled(scaler: GradScaler, opt: Optimizer) -> bool:
+    """Whether ``scaler.unscale_(opt)`` was called since the last pass."""
+    return bool(scaler._per_optimizer_states[id(opt)]["stage"].name == "UNSCALED")
+
+
 def check_not_scaled(scaler: GradScaler | None, opt: Optimizer) -> None:
     """Raise RuntimeError where an update that does not come through ``scaler`` would take its scaled gradients."""
     if scaler is None or not scaler.is_enabled() or hasattr(opt, "found_inf"):
         return
-    if scaler._per_optimizer_states[id(opt)]["stage"].name == "READY":
+    if scaler._get_scale_async() is None or _unscaled(scaler, opt):
+        return
+    # With lr 0 torch.distributed.checkpoint has a step made of zeros, for the state that it makes.
+    moved = (p for group in opt.param_groups if group.get("lr") != 0 for p in group["params"])
+    if any(p.grad is not None for p in moved):
         raise RuntimeError(
-            "the gradients are still scaled; call scaler.step(opt) in the place of second_step(), or "
+            "the gradients are still scaled; call scaler.step(opt) in the place of step() or second_step(), or "
             "scaler.unscale_(opt) before it"
         )
 
 
 def scale_of_gradients(scaler: GradScaler | None, opt: Optimizer, device: torch.device) -> Tensor | None:
-    """What the scaler has multiplied the gradients of the first pass by: float32, one element, on ``device``.
+    """What the present gradients are still multiplied by: float32, one element, on ``device``; None for 1.
 
     Raises:
-        RuntimeError: if it has scaled nothing yet, or has unscaled already.
+        RuntimeError: if the scaler has scaled nothing yet.
     """
-    if scaler is None or not scaler.is_enabled():
+    if scaler is None or not scaler.is_enabled() or _unscaled(scaler, opt):
         return None
-    if scaler._per_optimizer_states[id(opt)]["stage"].name == "UNSCALED":
-        raise RuntimeError(
-            "scaler.unscale_(opt) was called before the ascent, which needs none: its direction does not depend on "
-            "the scale. Call it between first_step() and scaler.step(opt)"
-        )
     scale = scaler._get_scale_async()
     if scale is None:
         raise RuntimeError(
@@ -70,3 +74,9 @@ def scale_of_gradients(scaler: GradScaler | None, opt: Optimizer, device: torch.
             "without scaler="
         )
     return scale.to(device)
+
+
+def expect_another_pass(scaler: GradScaler | None, opt: Optimizer) -> None:
+    """Where ``scaler`` has unscaled the gradients of the first pass, let it unscale those of the second."""
+    if scaler is not None and scaler.is_enabled() and _unscaled(scaler, opt):
+        del scaler._per_optimizer_states[id(opt)]

@@ -149,6 +149,7 @@ class SAM(Around):
         """The first half of a step."""
         direction = self._measure()
         self._arithmetic.perturb(direction, self._readings.values)
+        amp.expect_another_pass(self.scaler, self)
         self._gather_again()
         self._moved()
         if self.model is not None:
@@ -166,8 +167,7 @@ class SAM(Around):
     @_disable_dynamo
     def _descend(self) -> None:
         """The second half of a step."""
-        if self.perturbed:
-            amp.check_not_scaled(self.scaler, self)
+        amp.check_not_scaled(self.scaler, self)
         grad_scale, found_inf = amp.given(self, self._device())
         if found_inf is not None and self.perturbed:  # an overflow in the first pass counts too
             overflow = any_replica((~self._readings.values[NORM].isfinite()).to(found_inf), self.model)
@@ -197,7 +197,7 @@ class SAM(Around):
 
         Raises:
             RuntimeError: if the weights are perturbed already; for a sparse gradient; where ``scaler`` has scaled
-                nothing yet, or ``unscale_`` was called before.
+                nothing yet.
             ValueError: for a rho or eta that is no finite number >= 0, and parameters that share memory.
         """
         self._check_not_borrowed("first_step()")

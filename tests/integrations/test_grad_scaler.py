@@ -148,15 +148,120 @@ def test_a_second_step_with_scaled_gradients_is_refused(cls):
 
 
 @both
-def test_unscale_before_the_ascent_is_refused(cls):
+@pytest.mark.parametrize("act", ["step", "second_step", "measure and step"])
+def test_a_step_without_an_ascent_with_scaled_gradients_is_refused(cls, act):
+    params = awkward(torch.float32)[:2]
+    before = clones(params)
+    held = scaler()
+    opt = cls(params, torch.optim.SGD, lr=0.1, rho=0.5 if act == "measure and step" else 0.0, scaler=held)
+    set_scaled(params, 0)
+    if act == "measure and step":
+        opt.measure_sharpness()
+    with pytest.raises(RuntimeError, match=r"gradients are still scaled; call scaler.step\(opt\)"):
+        opt.second_step() if act == "second_step" else opt.step()
+    for p, q in zip(params, before, strict=True):
+        assert torch.equal(p, q)
+    held.step(opt)
+    assert not torch.equal(params[0], before[0])
+
+
+@both
+def test_scaled_gradients_are_refused_after_a_forgotten_update(cls):
+    params = awkward(torch.float32)[:2]
+    held = scaler()
+    opt = cls(params, torch.optim.SGD, lr=0.1, rho=0.5, scaler=held)
+    for step in range(2):
+        set_scaled(params, 2 * step)
+        opt.first_step()
+        set_scaled(params, 2 * step + 1)
+        if step == 0:
+            held.step(opt)
+    with pytest.raises(RuntimeError, match="gradients are still scaled"):
+        opt.second_step()
+
+
+@both
+def test_steps_without_the_scaler_that_are_no_mistake(cls):
+    """With gradients that were never scaled or are unscaled, without any, or where the learning rate is 0."""
+    params = awkward(torch.float32)[:2]
+    opt = cls(params, torch.optim.SGD, lr=0.1, rho=0.0, scaler=torch.amp.GradScaler(DEVICE.type))
+    set_grads(params, 0)
+    opt.step()
+    opt.scaler = scaler()
+    set_scaled(params, 1)
+    opt.scaler.unscale_(opt)
+    opt.step()
+    opt.scaler.update()
+    opt.zero_grad()
+    opt.step()
+    set_scaled(params, 2)
+    opt.param_groups[0]["lr"] = 0.0  # torch.distributed.checkpoint makes the base's state so
+    opt.step()
+
+
+@both
+@pytest.mark.parametrize("form", ["two calls", "closure"])
+def test_unscale_and_clip_in_both_passes(cls, form):
+    mine = awkward(torch.float64)
+    theirs = clones(mine)
+    amp = scaler()
+    opt, plain = cls(mine, torch.optim.Adam, scaler=amp), cls(theirs, torch.optim.Adam)
+    for step in range(3):
+        seeds = iter((2 * step, 2 * step + 1))
+
+        def backward():
+            set_scaled(mine, next(seeds))
+            amp.unscale_(opt)
+            torch.nn.utils.clip_grad_norm_(mine, 0.1)
+
+        if form == "closure":
+            opt.step(backward)
+        else:
+            backward()
+            opt.first_step()
+            backward()
+            amp.step(opt)
+        amp.update()
+        for half, act in enumerate((plain.first_step, plain.second_step)):
+            set_grads(theirs, 2 * step + half)
+            torch.nn.utils.clip_grad_norm_(theirs, 0.1)
+            act()
+        assert_same_state(opt, plain, 1e-10, f"step {step}")
+        assert_near(opt.sharpness, plain.sharpness, 1e-10, f"step {step}, sharpness")
+
+
+@both
+def test_an_overflow_that_unscale_finds_in_the_first_pass(cls):
     params = awkward(torch.float32)
     amp = scaler()
     opt = cls(params, scaler=amp)
+    before = snapshot(params)
+    for half in (1, 2):
+        set_scaled(params, half)
+        if half == 1:
+            params[0].grad[1, 2] = float("inf")
+        amp.unscale_(opt)
+        opt.first_step() if half == 1 else amp.step(opt)
+    amp.update()
+    assert_untouched(params, before)
+    assert amp.get_scale() == SCALE / 2
+
+
+@both
+def test_measuring_after_unscale(cls):
+    params = awkward(torch.float64)
+    twins = clones(params)
+    amp = scaler()
+    opt, plain = cls(params, scaler=amp), cls(twins)
     set_scaled(params, 0)
+    set_grads(twins, 0)
     amp.unscale_(opt)
-    with pytest.raises(RuntimeError, match=r"unscale_\(opt\) was called before the ascent"):
-        opt.first_step()
-    assert not opt.perturbed
+    for o in (opt, plain):
+        o.measure_sharpness()
+    assert_near(opt.sharpness, plain.sharpness, 1e-12, "sharpness")
+    amp.step(opt)
+    plain.step()
+    assert_same_state(opt, plain, 1e-12, "after the step")
 
 
 @both
