@@ -199,6 +199,7 @@ class Hash {
     (*this)(static_cast<uint64_t>(t.scalar_type()) << 32 | static_cast<uint64_t>(t.device().type()) << 16 |
             static_cast<uint64_t>(t.device().index() + 1));
     for (const int64_t size : t.sizes()) (*this)(size);
+    if (t.layout() != at::kStrided) return;  // only frozen parameters, which nothing is done to
     for (const int64_t stride : t.strides()) (*this)(stride);
   }
 
@@ -241,14 +242,15 @@ py::tuple gather(const py::list& groups) {
   return py::make_tuple(std::move(grads), layout.value(), memory.value());
 }
 
-// A hash of which objects a dictionary of dictionaries holds, as an optimizer's state is one, and of the layout and
-// memory of those that are tensors.
+// A hash of which objects an optimizer's state holds, a dictionary for each parameter, and of the layout and memory of
+// those that are tensors. What is held under other keys may be anything.
 uint64_t contents(const py::dict& state) {
   Hash hash;
   PyObject *key, *value, *name, *object;
   for (Py_ssize_t i = 0; PyDict_Next(state.ptr(), &i, &key, &value);) {
     hash(key);
-    if (!PyDict_Check(value)) throw py::type_error("state: expected a dictionary for each parameter");
+    hash(value);
+    if (!PyDict_Check(value)) continue;
     for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &object);) {
       hash(name);
       hash(object);

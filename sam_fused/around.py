@@ -110,8 +110,14 @@ class Around(Optimizer):
             raise
 
     def _check_groups(self) -> None:
-        """Raise an error if the groups do not fit together."""
+        """Raise an error if the groups do not fit together, or ask for what SAM cannot do."""
         check_memory(self.param_groups)
+        for i, group in enumerate(self.param_groups):
+            if group.get("differentiable"):
+                raise ValueError(
+                    f"param_groups[{i}]: differentiable=True is not supported; nothing is differentiated through the "
+                    "perturbation"
+                )
 
     # ---- where the weights are ----
 

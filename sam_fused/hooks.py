@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +18,26 @@ if TYPE_CHECKING:
 
 
 def attach(opt: MSAM, model: nn.Module) -> Hooks:
-    """Until they are removed ``model`` shows its clean weights or its perturbed ones, as :class:`FusedMSAM` says."""
+    """Until they are removed ``model`` shows its clean weights or its perturbed ones, as :class:`FusedMSAM` says.
+
+    Raises:
+        ValueError: for a model with a ScriptModule, which takes no hooks.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"the ScriptModule {name!r} in it" if name else "a ScriptModule"
+            raise ValueError(f"model: {what} takes no hooks; leave model= out, and call eval() and train() yourself")
     whole = inner_modules(model)
     hooks = Hooks(opt, whole[-1])
     for module in whole:
         for earlier in Hooks.of(module):
             earlier.give_way(opt)
-    for module in model.modules():  # a part may be called or saved alone
-        before = hooks.before_forward if module in whole else hooks.before_part
-        hooks.handles += (
-            module.register_forward_pre_hook(before, prepend=True),  # before FSDP2's, which gathers the weights
-            module.register_state_dict_pre_hook(hooks.before_state_dict),
-            module.register_load_state_dict_pre_hook(hooks.before_loading),
-        )
+    try:
+        for module in model.modules():  # a part may be called or saved alone
+            hooks.register(module, hooks.before_forward if module in whole else hooks.before_part)
+    except BaseException:
+        hooks.remove()
+        raise
     return hooks
 
 
@@ -75,6 +82,12 @@ class Hooks:
         if opt._changed() is None:  # or what they were changed to is what is wanted
             opt.eval()
         self.remove()
+
+    def register(self, module: nn.Module, before: Callable[[nn.Module, Any], None]) -> None:
+        """On ``module``, ``before`` its forward pass."""
+        self.handles.append(module.register_forward_pre_hook(before, prepend=True))  # FSDP2's gathers the weights
+        self.handles.append(module.register_state_dict_pre_hook(self.before_state_dict))
+        self.handles.append(module.register_load_state_dict_pre_hook(self.before_loading))
 
     def remove(self) -> None:
         """From the model, which then knows nothing of the optimizer."""

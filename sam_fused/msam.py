@@ -59,12 +59,13 @@ class MSAM(Around):
 
     @model.setter
     def model(self, model: nn.Module | None) -> None:
+        if "_hooks" in self.__dict__:  # or the constructor has yet to make the rest
+            if self._hooks is not None:
+                self._hooks.remove()
+            self._hooks = self._model = None
+            if model is not None:
+                self._hooks = attach(self, model)
         self._model = model
-        if "_hooks" not in self.__dict__:  # the constructor has yet to make the rest
-            return
-        if self._hooks is not None:
-            self._hooks.remove()
-        self._hooks = None if model is None else attach(self, model)
 
     def _check_groups(self) -> None:
         super()._check_groups()
@@ -179,7 +180,8 @@ class MSAM(Around):
         if changed is not None:
             raise RuntimeError(
                 f"{what}: {changed} was changed while it was perturbed; change or load weights between eval() and "
-                "train(). restore() drops the change and gives the clean weights back"
+                "train(). restore() drops the change and gives the clean weights back. What a forward pass changes, as "
+                "nn.Embedding does with max_norm, needs a group with rho=0"
             )
 
     def _changed(self) -> str | None:
@@ -253,8 +255,9 @@ class FusedMSAM(MSAM):
 
     Raises:
         ImportError: if the extension is not built.
-        TypeError, ValueError: on arguments that are not as described, and for a base without a first moment, such as
-            SGD without momentum (where only the state can tell, :meth:`step` raises it, with the update done).
+        TypeError, ValueError: on arguments that are not as described; for a ``model`` with a ScriptModule, which takes
+            no hooks; for a base without a first moment, such as SGD without momentum (where only the state can tell,
+            :meth:`step` raises it, with the update done).
         RuntimeError: where the base's own constructor fails otherwise.
 
     Example::

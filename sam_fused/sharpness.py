@@ -81,7 +81,9 @@ def measure_sharpness(
     sharpness give ``ddp.module``.) A process that raises alone leaves the others waiting, as in training.
 
     Args:
-        model: called with a batch's input. Not FSDP1; no DistributedDataParallel inside another module.
+        model: called with a batch's input; for ``realised`` and ``average`` without gradients: if it or the loss takes
+            some itself, it must do so under ``torch.enable_grad()``. Not FSDP1; no DistributedDataParallel inside
+            another module.
         loss_fn: loss_fn(model(input), target), a 0-dim mean over the batch's examples.
         batches: pairs (input, target) on the model's device; a target's length is its number of examples, so it is a
             tensor or a list, not a dict or a tuple. Read once and kept, so that every loss is of the same data.

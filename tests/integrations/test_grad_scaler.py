@@ -209,7 +209,7 @@ def test_unscale_and_clip_in_both_passes(cls, form):
     for step in range(3):
         seeds = iter((2 * step, 2 * step + 1))
 
-        def backward():
+        def backward(seeds=seeds):
             set_scaled(mine, next(seeds))
             amp.unscale_(opt)
             torch.nn.utils.clip_grad_norm_(mine, 0.1)

@@ -215,6 +215,37 @@ class Counting(torch.optim.Optimizer):
 
 
 @both
+def test_state_under_keys_of_the_user_s_own(cls):
+    """As in torch.optim, whatever they hold."""
+    params, twins = awkward(torch.float32), awkward(torch.float32)
+    opt, plain = cls(params, torch.optim.Adam), cls(twins, torch.optim.Adam)
+    opt.state["epoch"] = 1
+    for step in range(2):
+        for o, ps in ((opt, params), (plain, twins)):
+            for half in (0, 1):
+                set_grads(ps, 2 * step + half)
+                o.second_step() if half else o.first_step()
+        opt.state["epoch"] += 1
+    assert opt.state.pop("epoch") == 3
+    assert_same_state(opt, plain, 0.0, "after two steps")
+
+
+@both
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_frozen_sparse_parameters_are_left_alone(cls, layout):
+    frozen = nn.Parameter(torch.eye(3).to_sparse(layout=layout), requires_grad=False)
+    w = nn.Parameter(torch.ones(3))
+    opt = cls([frozen, w], torch.optim.Adam, lr=0.1)
+    for _ in range(2):
+        for act in (opt.first_step, opt.second_step):
+            w.grad = torch.ones(3)
+            act()
+    assert w[0] < 1
+    assert torch.equal(frozen.to_dense(), torch.eye(3))
+
+
+@both
 def test_state_that_a_base_makes_in_its_constructor(cls):
     mine = awkward(torch.float64)
     theirs = clones(mine)

@@ -23,6 +23,7 @@ ERRORS = [
     ({"base": "adam"}, TypeError, r"base: expected a class of torch\.optim\.Optimizer.*got 'adam'"),
     ({"base": torch.optim.Adadelta}, ValueError, r"base: Adadelta has an option 'rho' of its own"),
     ({"base": torch.optim.LBFGS}, TypeError, r"base: LBFGS\.step needs a closure of its own"),
+    ({"differentiable": True}, ValueError, r"param_groups\[0\]: differentiable=True is not supported"),
     ({"model": "resnet"}, TypeError, r"model: expected a torch\.nn\.Module, got str"),
     ({"lr": -1.0}, ValueError, r"Invalid learning rate"),
     ({"momentun": 0.9}, TypeError, r"momentun"),

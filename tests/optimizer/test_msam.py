@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -316,6 +317,45 @@ def test_a_refused_optimizer_leaves_nothing_in_the_model(cls):
     model.state_dict()
 
 
+def hooks_of(model: nn.Module) -> list[Any]:
+    return [
+        hook for m in model.modules() for hooks in (m._forward_pre_hooks, m._state_dict_pre_hooks) for hook in hooks
+    ]
+
+
+@both
+@pytest.mark.parametrize("part", [True, False], ids=["a part", "the whole"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_script_module_takes_no_hooks(cls, part):
+    model = network()
+    if part:
+        model[1] = torch.jit.script(model[1])
+    else:
+        model = torch.jit.script(model)
+    refused = pytest.raises(ValueError, match=r"model: .*ScriptModule.* takes no hooks; leave model= out")
+    with refused:
+        cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3, model=model)
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    with refused:
+        opt.model = model
+    assert opt.model is None
+    assert not hooks_of(model)
+
+
+@both
+def test_hooks_that_could_not_all_be_registered_are_taken_off(cls, monkeypatch):
+    model, opt = trained(cls, 2)
+
+    def refuse(hook):
+        raise RuntimeError("no hooks here")
+
+    monkeypatch.setattr(model[3], "register_state_dict_pre_hook", refuse)
+    with pytest.raises(RuntimeError, match="no hooks here"):
+        opt.model = model
+    assert opt.model is None
+    assert not hooks_of(model)
+
+
 @both
 def test_another_base_without_a_moment_is_refused_at_the_first_step(cls):
     model, twin = network(), network()
@@ -348,6 +388,27 @@ def test_weights_that_are_changed_while_they_are_perturbed(cls):
     opt.train()
     opt.eval()
     assert same(model, changed)
+
+
+@both
+def test_weights_that_the_forward_pass_changes(cls):
+    """nn.Embedding scales down in place the rows that are longer than max_norm."""
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.5), nn.Linear(4, 1))
+    embedding, linear = model[0].parameters(), model[1].parameters()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.1, rho=0.5, model=model)
+
+    def passes(opt):
+        for _ in range(3):
+            opt.zero_grad()
+            model(torch.arange(5)).square().sum().backward()
+            opt.step()
+
+    with pytest.raises(RuntimeError, match=r"\['params'\]\[0\] was changed .* max_norm, needs a group with rho=0"):
+        passes(opt)
+    opt.restore()
+    opt = cls([{"params": embedding, "rho": 0.0}, {"params": linear}], torch.optim.Adam, lr=0.1, rho=0.5, model=model)
+    passes(opt)
+    assert opt.perturbed
 
 
 @both
@@ -472,8 +533,7 @@ def test_a_model_that_is_given_later_and_taken_away(cls):
         given.train()
     opt.eval()
     opt.model = None
-    kept = [hooks for m in given.modules() for hooks in (m._forward_pre_hooks, m._state_dict_pre_hooks) if hooks]
-    assert not kept
+    assert not hooks_of(given)
     torch.jit.script(model)
     gone = weakref.ref(opt)
     del opt
