@@ -332,11 +332,11 @@ CLAIMS = {
         f"{MSAM_GAINS} in all four comparisons with 10,000 images",
         f"the sharpness that training records is lower with SAM in all {lower(recorded)} comparisons with 1,000",
         f"and in {lower(recorded, ['large'])} of four with 10,000",
-        f"SGD + SAM in all {adam_beats_sgd()} pairs with 1,000 and in {adam_beats_sgd(['large'])} of two with 10,000",
+        f"SGD + SAM in all {adam_beats_sgd()} pairs with 1,000 and {adam_beats_sgd(['large'])} of two with 10,000",
         f"chooses a rho of {min(RHOS['sam'])} to {max(RHOS['sam'])}",
         f"SGD ends at {of_sgd(40, 'base', 'test_acc'):.1f} % accuracy on the clean test images, with",
         f"{of_sgd(40, 'base', 'memorised'):.0f} % of the wrong labels memorised. With SAM in the second half",
-        f"in {float(LATE_TIME):.1f} times the time, it ends at {of_sgd(40, 'late', 'test_acc'):.1f} %, with",
+        f"in {float(LATE_TIME):.1f} times the processor time, it ends at {of_sgd(40, 'late', 'test_acc'):.1f} %, with",
         f"{of_sgd(40, 'late', 'memorised'):.0f} % memorised. Stopped in their best epochs, SGD has {SGD_STOPPED} and "
         f"Momentum-SAM {MSAM_STOPPED}.",
         f"wrong Adam ends at {on_cifar10('adam', 20, 'base', 'test_acc'):.1f} %, and with SAM in the second half at "
