@@ -450,7 +450,7 @@ def build(s: Settings) -> Parts:
         opt = FusedSAM(params, BASES[s.base], model=net, scaler=scaler, lean_ascent=s.norm_only, **options)
     milestones = [math.ceil(f * s.epochs) for f in LR_MILESTONES]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(opt, milestones, LR_DECAY)
-    start = s.sam_from * s.epochs if s.rho else 0  # the plain base is measured from the first epoch on
+    start = round(s.sam_from * s.epochs, 6) if s.rho else 0  # the plain base is measured from the first epoch on
     return Parts(model, opt, scheduler, LambdaRho(opt, late(start)), scaler, net)
 
 
@@ -481,7 +481,8 @@ def train_step(s: Settings, parts: Parts, x: Tensor, y: Tensor, index: int) -> l
 
     ascends = any(parts.rho_schedule.get_last_rho())
     if isinstance(opt, FusedSAM) and s.rho and index % s.sam_every == 0:
-        sizes = iter([max(1, round(s.ascent_fraction * len(x)))] * ascends + [len(x)])
+        part = max(min(2, len(x)), round(s.ascent_fraction * len(x)))  # BatchNorm needs two
+        sizes = iter([part] * ascends + [len(x)])
         opt.step(lambda: forward_backward(next(sizes)))
     else:
         forward_backward(len(x))
@@ -494,21 +495,22 @@ def train_step(s: Settings, parts: Parts, x: Tensor, y: Tensor, index: int) -> l
 
 def train_epoch(s: Settings, parts: Parts, bar: tqdm, normalize: Normalize) -> dict[str, float | None]:
     """The means over the batches that ``bar`` gives."""
-    loss = correct = rise = torch.zeros((), device=s.device)
-    seen = rises = 0
+    loss = correct = rise = rises = torch.zeros((), device=s.device)
+    seen = 0
+    opt = parts.optimizer
     for index, (x, y) in enumerate(bar):
         first, *second = train_step(s, parts, normalize(x), y, index)
         loss = loss + first.loss * first.size
         correct = correct + first.correct
         seen += first.size
-        if second and second[0].size == first.size:
-            rise = rise + (second[0].loss - first.loss)
-            rises += 1
+        if isinstance(opt, FusedSAM) and second and second[0].size == first.size:
+            perturbed = opt.grad_norm.isfinite()  # after an overflow both passes are at the same weights
+            rise = rise + torch.where(perturbed, second[0].loss - first.loss, 0)
+            rises = rises + perturbed
         if index % 10 == 0:
             mean = loss.item() / seen
             check_loss(mean, f"at batch {index}")
             bar.set_postfix(loss=f"{mean:.3f}", acc=f"{correct.item() / seen:.3f}")
-    opt = parts.optimizer
     sharpness = opt.mean_sharpness().item() if isinstance(opt, FusedSAM) else math.nan
     sums = torch.tensor([loss, correct, seen, sharpness, rise, rises], dtype=torch.float64, device=s.device)
     if dist.is_initialized():
@@ -625,11 +627,14 @@ def open_run(s: Settings, resume: bool) -> tuple[dict[str, Split], dict[str, Spl
                 before = was.get(name, DEFAULTS.get(name, value))
                 if before != value:
                     raise RunError(f"--resume: {out} was run with {name} = {before!r}, not {value!r}")
-            machines = [held["environment"], *held.get("resumed_on", [])]
-            goes_on = checkpoint.exists() and len(json_lines(out / "metrics.jsonl")) < s.epochs
-            if goes_on and content["environment"] not in machines:
-                machines.append(content["environment"])
-            content = {"settings": settings, "environment": machines[0], "resumed_on": machines[1:]}
+            done = len(json_lines(out / "metrics.jsonl"))
+            if checkpoint.exists():
+                machines = [held["environment"], *held.get("resumed_on", [])]
+                if done < s.epochs and content["environment"] not in machines:
+                    machines.append(content["environment"])
+                content = {"settings": settings, "environment": machines[0], "resumed_on": machines[1:]}
+            elif done:
+                raise RunError(f"--resume: {out} has {done} of {s.epochs} epochs and no checkpoint.pt to go on from")
     splits = load_data(s)  # before the folder is made: a start that fails leaves nothing
     before_last = dict(splits)
     if s.eval_size == 0:

@@ -74,19 +74,19 @@ class Outcome:
 
 def outcome(name: str, run: Run) -> Outcome:
     """Of a finished run. The loss is over all its training images and labels, wrong ones included, in eval mode."""
-    s, metrics, failed = run.settings, run.result().metrics, run.result().failed
-    if failed:
-        raise train.RunError(f"{run.folder}: {failed}")
+    s, result = run.settings, run.result()
+    if result.why_not:
+        raise train.RunError(f"{run.folder}: {result.why_not}")
     split = train.load_data(s)["train"]
     model = train.ARCHS[s.arch](s.width).eval()
     model.load_state_dict(torch.load(run.folder / "checkpoint.pt", weights_only=True)["model"])
     batch = train.Normalize(split.images)(split.images), split.labels
     return Outcome(
         name,
-        [m["test_acc"] for m in metrics],
-        [m["memorised"] for m in metrics],
+        [m["test_acc"] for m in result.metrics],
+        [m["memorised"] for m in result.metrics],
         loss_slice(model, F.cross_entropy, [batch], RADII),
-        sum(m["seconds"] for m in metrics),
+        sum(m["seconds"] for m in result.metrics),
     )
 
 

@@ -28,7 +28,7 @@ import train
 
 from ..plots import band, figure, legend_above
 from ..tables import percent, table
-from .runs import OPTIMIZERS, Result, machines_of, read_packed, read_runs
+from .runs import OPTIMIZERS, Result, left_out, machines_of, read_packed, read_runs
 from .sweep import Run, command, command_line
 
 SHARED: dict[str, Any] = {"dataset": "digits", "validate": 287, "no_augment": True, "rho": 0, "threads": 1}
@@ -153,7 +153,7 @@ def markdown(results: list[Result]) -> str:
         "",
         *table(columns, (row(cell, runs) for cell, runs in cells.items())),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *left_out(results)]) + "\n"
 
 
 def draw(results: list[Result], path: Path) -> None:

@@ -164,12 +164,13 @@ def interval(base: dict[int, float], other: dict[int, float]) -> tuple[float, fl
 
 
 def gain(base: dict[int, float], other: dict[int, float]) -> str:
-    """The interval, with so many digits that each end shows its sign."""
+    """The interval, with so many digits that each end shows its sign, and n if it is not that of ``other``."""
     ends = interval(base, other)
     if ends is None:
         return "-"
     digits = 1 if min(map(abs, ends)) >= 0.05 else 2
-    return " to ".join(f"{end:+.{digits}f}" for end in ends)
+    pairs = len(base.keys() & other.keys())
+    return " to ".join(f"{end:+.{digits}f}" for end in ends) + (f" (n = {pairs})" if pairs < len(other) else "")
 
 
 def time_ratio(base: dict[int, float], other: dict[int, float]) -> str:

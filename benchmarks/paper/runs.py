@@ -77,7 +77,9 @@ class Result:
     @property
     def why_not(self) -> str | None:
         """Why it is in no table, if it is not."""
-        return self.failed or (None if self.finished else f"{len(self.metrics)} of {self.settings['epochs']} epochs")
+        if self.failed or not self.config:
+            return self.failed or "not begun"
+        return None if self.finished else f"{len(self.metrics)} of {self.settings['epochs']} epochs"
 
     def outcome(self, key: str, digits: int) -> str:
         """The last epoch's ``key`` in %, or why there is none."""
@@ -195,7 +197,7 @@ def pack(out: Path, to: Path, grids: bool = False) -> Path:
     lines = []
     results = [r for r in read_runs(out) if r.in_grid or not grids]
     whole = {r.name for r in results if not r.why_not or r.failed}
-    lost = {r.name for r in read_packed(to).values() if r.finished and r.name not in whole}
+    lost = {r.name for r in read_packed(to).values() if (r.finished or r.failed) and r.name not in whole}
     if lost:
         raise train.RunError(f"{to / PACKED} has {len(lost)} runs that would be lost, such as {min(lost)}")
     for r in results:

@@ -39,6 +39,7 @@ from .table1_report import network_panels
 RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # ten times as much for ASAM
 AVERAGE_AT = 20  # times the recipe's rho
 PAIRS = (("sgd", "adam"), ("sgd", "sgd+sam"), ("adam", "adam+sam"))  # that are compared at equal training loss
+DEFAULTS = {"images": 512, "directions": 5}  # of the options on which the values depend
 TOLERANCE = 0.2  # Proposition 1 holds while the realised rise is within this of the first-order one
 
 
@@ -92,6 +93,7 @@ def measure(r: Result, args: argparse.Namespace) -> list[dict[str, Any]]:
     radii = [10 * x if adaptive else x for x in RHOS]
     start, *losses = loss_slice(**common, radii=[0.0, *radii])
     slope = rows[-1]["first_order"] / rho
+    rows[-1] |= {name: getattr(args, name) for name in DEFAULTS}
     rows[-1]["by_rho"] = [
         {"rho": at, "first_order": slope * at, "realised": loss - start} for at, loss in zip(radii, losses, strict=True)
     ]
@@ -102,7 +104,7 @@ def study(args: argparse.Namespace, results: list[Result]) -> dict[str, list[dic
     """By the run's name. What sharpness.json has already is not measured again.
 
     Raises:
-        train.RunError: if it has other epochs of a run than would be measured now.
+        train.RunError: if it was measured with other options than would be now.
     """
     path = args.runs / "sharpness.json"
     held = json.loads(path.read_text()) if path.exists() else {}
@@ -114,6 +116,12 @@ def study(args: argparse.Namespace, results: list[Result]) -> dict[str, list[dic
                 f"{path} has {r.name} in epochs {measured}, which --every {args.every} does not choose: remove it, or "
                 "give the same --every"
             )
+        for name, default in DEFAULTS.items():
+            before, now = measured and held[r.name][-1].get(name, default), getattr(args, name)
+            if measured and before != now:
+                raise train.RunError(
+                    f"{path} has {r.name} with --{name} {before}, not {now}: remove it, or give the same --{name}"
+                )
     for r in tqdm([r for r in results if r.name not in held], desc="sharpness", disable=None):
         torch.set_num_threads(args.threads)
         held[r.name] = measure(r, args)
@@ -277,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--runs", type=Path, required=True, metavar="DIR", help="where table1.py left its runs")
     p.add_argument("--data", metavar="DIR", help="as in train.py")
     p.add_argument("--report-only", action="store_true", help="make the tables and figures of sharpness.json")
-    p.add_argument("--images", type=int, default=512, metavar="N", help="that the loss is over")
+    p.add_argument("--images", type=int, default=DEFAULTS["images"], metavar="N", help="that the loss is over")
     p.add_argument(
         "--every",
         type=int,
@@ -285,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="K",
         help="measure every K-th epoch, of those with weights the first and the last",
     )
-    p.add_argument("--directions", type=int, default=5, metavar="M", help="of the average")
+    p.add_argument("--directions", type=int, default=DEFAULTS["directions"], metavar="M", help="of the average")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = p.parse_args(argv)
 

@@ -115,6 +115,8 @@ def header(results: list[Result], recipe: str) -> list[str]:
     widths = {r.settings["arch"]: f"{r.settings['width']} ({NETWORKS[r.settings['arch']]})" for r in results}
     size = "all" if s["train_size"] is None else f"{s['train_size']:,}"
     tested = ", all but the last epoch tested on a fixed subset" if s["eval_size"] else ""
+    if s["eval_size"] == 0 and not s["validate"]:
+        tested = ", tested after the last epoch only"
     if s["validate"]:
         tested += f", {s['validate']:,} images held out for the accuracy by epoch, tested after the last epoch only"
     if s["amp"]:
@@ -167,12 +169,12 @@ def difference_rows(cells: dict[tuple[str, str], Cell]) -> Iterator[list[str]]:
 def last_epoch_rows(results: list[Result], common_rho: float) -> Iterator[list[str]]:
     for (arch, optimizer), runs in by_cell(r for r in results if not r.why_not).items():
         s = runs[0].settings
-        loss, accuracy, test_loss = (
-            statistics.mean(r.metrics[-1][key] for r in runs) for key in ("train_loss", "train_acc", "test_loss")
-        )
+        loss, accuracy = (statistics.mean(r.metrics[-1][key] for r in runs) for key in ("train_loss", "train_acc"))
+        test_losses = [r.metrics[-1]["test_loss"] for r in runs]  # None: not finite
+        test_loss = "-" if None in test_losses else f"{statistics.mean(test_losses):.3f}"
         sharpness = statistics.mean(r.sharpness(common_rho)[-1] for r in runs)  # nan: not recorded
         rho = f"{s['rho']:g}" + (" (ASAM)" if s["adaptive"] else "") if s["rho"] else "-"
-        numbers = [f"{s['lr']:g}", rho, f"{loss:.3f}", f"{accuracy:.1%}", f"{test_loss:.3f}"]
+        numbers = [f"{s['lr']:g}", rho, f"{loss:.3f}", f"{accuracy:.1%}", test_loss]
         numbers.append("-" if math.isnan(sharpness) else f"{sharpness:.4f}")
         yield [NETWORKS[arch], OPTIMIZERS[optimizer], *numbers]
 
@@ -222,9 +224,9 @@ def comma_separated(results: list[Result]) -> str:
 
 def accuracies(r: Result) -> tuple[list[float], float | None]:
     """In %: by epoch, and where the last epoch is tested on other images than those before it, of that apart."""
-    validated = r.settings["validate"]
-    by_epoch = [100 * m["val_acc" if validated else "test_acc"] for m in r.metrics]
-    if not r.finished or not (validated or r.settings["eval_size"]):
+    validated, key = r.settings["validate"], "val_acc" if r.settings["validate"] else "test_acc"
+    by_epoch = [100 * m[key] for m in r.metrics if key in m]
+    if not r.finished or (not validated and r.settings["eval_size"] is None):
         return by_epoch, None
     return by_epoch if validated else by_epoch[:-1], 100 * r.metrics[-1]["test_acc"]
 
@@ -246,9 +248,15 @@ def network_panels(
         legend_above(drawn)
 
 
+def drawable(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
+    """The runs that are in the table; while it has none of a network and optimizer, those that have begun."""
+    whole = {r.cell for r in results if not r.why_not}
+    return by_cell(r for r in results if r.metrics and (not r.why_not or r.cell not in whole))
+
+
 def draw_accuracy(results: list[Result], path: Path) -> None:
     """Curves, and points for the test set where that is seen at the end only."""
-    cells = by_cell(r for r in results if r.metrics)
+    cells = drawable(results)
     apart = any(accuracies(r)[1] is not None for r in results)
     held_out = any(r.settings["validate"] for r in results)
     ylabel = "accuracy on held-out images" if held_out else "test accuracy"
@@ -268,7 +276,7 @@ def draw_accuracy(results: list[Result], path: Path) -> None:
 
 
 def draw_sharpness(results: list[Result], path: Path, rho: float) -> None:
-    cells = recorded(by_cell(r for r in results if r.metrics))
+    cells = recorded(drawable(results))
     with network_panels(path, cells, "epoch", f"sharpness of a batch at rho = {rho:g}") as panels:
         for axes, arch in panels:
             for optimizer, runs in of_network(cells, arch):

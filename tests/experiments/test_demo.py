@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import train
 from benchmarks.paper import demo
 from benchmarks.paper.demo import Outcome, closing
 
@@ -76,12 +78,29 @@ def test_a_small_demo(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_no_outcome_of_a_run_that_another_process_has_not_finished(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "SETTING", {**demo.SETTING, "train_size": 200, "width": 16, "epochs": 2, "threads": 1})
+    *_, last = demo.plan(tmp_path, 1)
+
+    def cut(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(last.settings, after_epoch=cut)
+    with last.locked() as mine:
+        assert mine
+        assert demo.main(["--out", str(tmp_path)]) == 1
+    assert f"{last.folder}: 1 of 2 epochs" in capsys.readouterr().err
+    assert not (tmp_path / "demo.md").exists()
+    for path in last.folder.iterdir():
+        path.unlink()
+    with pytest.raises(train.RunError, match="not begun"):
+        demo.outcome("", last)
+
+
+@pytest.mark.slow
 def test_the_loss_at_the_end_is_the_runs(tmp_path, monkeypatch):
     """Of its own training images and labels; at distance 0, what the network of the checkpoint has."""
-    import torch
-
-    import train
-
     monkeypatch.setattr(demo, "SETTING", {**demo.SETTING, "train_size": 200, "width": 16, "epochs": 2, "threads": 1})
     runs = demo.plan(tmp_path, 0)
     demo.sweep(lambda: [runs], "demo")

@@ -34,6 +34,19 @@ def test_signals():
     assert memorising.order([late]) == "0, 1, 0"
 
 
+def test_the_table_names_what_it_leaves_out():
+    whole, cut = (result([0.1] * 3, [0.5, 0.6, 0.6], [1.0, 1.0, 0.9]) for _ in range(2))
+    for seed, r in enumerate((whole, cut)):
+        r.name = f"mlp-sgd-40-{seed}"
+        s = {"arch": "mlp", "base": "sgd", "label_noise": 0.4, "seed": seed, "dataset": "digits", "validate": 9}
+        r.config["settings"] |= s
+        r.config["environment"] = {"torch": "2", "cpu": "one", "threads": 1}
+    cut.failed = "the training loss is nan"
+    text = memorising.markdown([whole, cut])
+    assert "| mlp | SGD | 40 % | 1 |" in text
+    assert "Not in the tables: mlp-sgd-40-1, the training loss is nan." in text
+
+
 @pytest.mark.slow
 def test_a_study(tmp_path, capsys):
     out, packed = tmp_path / "live", tmp_path / "packed"

@@ -78,8 +78,11 @@ def test_the_ladder():
 def test_gain_is_the_paired_t_interval():
     base, other = {0: 0.5, 1: 0.61, 2: 0.58, 3: 0.4}, {2: 0.7, 1: 0.66, 0: 0.63, 9: 0.1}
     interval = ttest_rel([0.63, 0.66, 0.7], [0.5, 0.61, 0.58]).confidence_interval(0.95)
-    assert noise.gain(base, other) == f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
+    assert noise.gain(base, other) == f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f} (n = 3)"
     assert noise.gain(base, {0: 0.7}) == "-"  # one pair has no interval
+    whole, cut = {0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.5, 1: 0.7}
+    assert noise.gain(cut, whole).endswith(" (n = 2)")
+    assert "n" not in noise.gain(whole, cut)
     assert noise.gain({0: 0.5, 1: 0.6}, {0: 0.5003, 1: 0.6003}) == "+0.03 to +0.03"
 
 

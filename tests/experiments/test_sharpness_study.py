@@ -39,6 +39,9 @@ def test_the_study_of_a_sweep(tmp_path, capsys):
     capsys.readouterr()
     assert study.main([*flags, "--images", "60", "--every", "5"]) == 1
     assert "has vgg16-adam+msam-0 in epochs [1, 2, 3], which --every 5 does not choose" in capsys.readouterr().err
+    for flag in ("--images", "--directions"):
+        assert study.main([*flags, "--every", "2", "--images", "60", "--directions", "2", flag, "30"]) == 1
+        assert f"has vgg16-adam+msam-0 with {flag}" in capsys.readouterr().err
     for path in tmp_path.glob("*/*.pt"):
         path.unlink()
     (tmp_path / "sharpness.md").unlink()

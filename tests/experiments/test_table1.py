@@ -118,6 +118,20 @@ def test_packing_loses_no_runs(tmp_path, capsys):
     assert (to / runs.PACKED).read_bytes() == before
 
 
+def test_packing_loses_no_diverged_run(tmp_path, capsys):
+    settings = {"epochs": 1, "seed": 0}
+    for name in ("one", "other"):
+        (tmp_path / "live" / name).mkdir(parents=True)
+        (tmp_path / "live" / name / "config.json").write_text(json.dumps({"settings": settings, "environment": {}}))
+        (tmp_path / "live" / name / "failed.txt").write_text("the training loss is nan")
+    flags = [str(tmp_path / "live"), str(tmp_path / "to")]
+    assert runs.main(flags) == 0
+    for path in (tmp_path / "live" / "other").iterdir():
+        path.unlink()
+    assert runs.main(flags) == 1
+    assert "has 1 runs that would be lost, such as other" in capsys.readouterr().err
+
+
 def test_finished_runs_are_skipped_also_without_their_checkpoint(trained, tmp_path, capsys):
     flags = [*SMALL, "--seeds", "0", "--out", str(tmp_path)]
     assert table1.main([*flags, "--max-runs", "1"]) == 0
@@ -269,6 +283,33 @@ def test_a_run_that_diverges_does_not_end_the_sweep(trained, tmp_path, monkeypat
     printed = capsys.readouterr().out
     assert "vgg16-adam-0: the training loss is nan" in printed
     assert "Not in the tables: vgg16-adam-0, the training loss is nan at batch 0." in printed
+
+
+def made_up(seed: int, epochs: int = 3, failed: str | None = None, test_loss: float | None = 1.0) -> runs.Result:
+    settings = {"arch": "vgg16", "base": "sgd", "rho": 0.0, "lr": 0.1, "seed": seed, "epochs": 3}
+    settings["measure_rho"] = 0.05
+    environment = {"torch": "2", "cpu": "one", "threads": 1}
+    row = {"train_loss": 1.0, "train_acc": 0.5, "test_loss": test_loss, "test_acc": 0.5, "sharpness": 0.1}
+    config = {"settings": settings, "environment": environment}
+    return runs.Result(f"vgg16-sgd-{seed}", config, [row] * epochs, failed)
+
+
+def test_figures_show_the_runs_of_the_table():
+    """While there are none, those that have begun."""
+    whole, diverged, begun = made_up(0), made_up(1, 2, "the training loss is nan"), made_up(2, 1)
+    assert table1_report.drawable([whole, diverged, begun]) == {("vgg16", "sgd"): [whole]}
+    assert table1_report.drawable([diverged, begun]) == {("vgg16", "sgd"): [diverged, begun]}
+
+
+def test_a_test_loss_that_is_not_finite():
+    [row] = table1_report.last_epoch_rows([made_up(0), made_up(1, test_loss=None)], 0.05)
+    assert row == ["VGG16", "SGD", "0.1", "-", "1.000", "50.0%", "-", "0.1000"]
+
+
+def test_a_sweep_that_tests_after_the_last_epoch_only(tmp_path):
+    assert table1.main([*SMALL, "--seeds", "0", "--eval-size", "0", "--out", str(tmp_path)]) == 0
+    assert ", tested after the last epoch only;" in (tmp_path / "table1.md").read_text()
+    assert (tmp_path / "figure1.png").stat().st_size > 1000
 
 
 def test_the_paper_preset_is_the_papers(capsys):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -318,6 +321,8 @@ def test_ascent_fraction():
     done = train.train_step(s, parts, x, y, 0)
     assert calls == [(2, False), (8, True)]
     assert [p.size for p in done] == [2, 8]
+    s = dataclasses.replace(s, ascent_fraction=0.01)
+    assert train.train_step(s, parts, x, y, 1)[0].size == 2  # with one image BatchNorm has no deviation
     assert not parts.optimizer.perturbed
 
 
@@ -353,6 +358,46 @@ def test_sam_from_a_part_of_the_run():
         train.train_step(s, parts, x, y, 0)
         parts.rho_schedule.step()
     assert calls == [(8, False), (8, False), (4, False), (8, True), (4, False), (8, True)]
+
+
+@pytest.mark.parametrize(("start", "epochs"), [("0.55", 100), ("0.07", 100), ("0.5", 3), ("0.3", 10)])
+def test_the_first_epoch_with_sam(start, epochs):
+    """0.55 * 100 is a little more than 55."""
+    _, parts, *_ = one_step("--sam-from", start, "--epochs", str(epochs))
+    without = 0
+    while not any(parts.rho_schedule.get_last_rho()):
+        parts.rho_schedule.step()
+        without += 1
+    assert without == math.ceil(Fraction(start) * epochs)
+
+
+def test_the_realised_sharpness_leaves_out_overflows(monkeypatch):
+    """They perturb nothing, so both passes have the same loss."""
+
+    def epoch(*flags):
+        s, parts, x, y, _ = one_step("--lr", "1e-9", *flags)
+        bar = train.tqdm([(x.clone(), y) for _ in range(4)], disable=True)
+        return train.train_epoch(s, parts, bar, lambda images: images)
+
+    whole = epoch()["realised_sharpness"]
+    step, steps = train.train_step, []
+
+    def overflows(s, parts, x, y, index):
+        steps.append(index)
+        weight = next(parts.model.parameters())
+        spoil = weight.register_hook(lambda grad: torch.full_like(grad, torch.inf)) if index % 2 else None
+        scaler = parts.scaler
+        parts.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        parts.optimizer.scaler = parts.scaler
+        done = step(s, parts, x, y, index)
+        parts.scaler = parts.optimizer.scaler = scaler
+        if spoil is not None:
+            spoil.remove()
+        return done
+
+    monkeypatch.setattr(train, "train_step", overflows)
+    assert epoch()["realised_sharpness"] == pytest.approx(whole, rel=0.05)
+    assert steps == [0, 1, 2, 3]
 
 
 def test_no_sharpness_before_sam_begins():
@@ -697,6 +742,34 @@ def test_the_config_names_every_machine(tmp_path, monkeypatch):
         assert len(train.train(s, resume=True)) == 2
     config = json.loads((out / "config.json").read_text())
     assert [e["cpu"] for e in (config["environment"], *config["resumed_on"])] == ["the first", "the second"]
+
+
+def test_a_run_that_was_cut_before_its_first_checkpoint_is_of_the_second_machine(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    s, epoch = settings(*TINY, "--epochs", "1", "--out", str(out)), train.train_epoch
+
+    def cut(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "environment", lambda device: {"cpu": "the first"})
+    monkeypatch.setattr(train, "train_epoch", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(s)
+    monkeypatch.setattr(train, "environment", lambda device: {"cpu": "the second"})
+    monkeypatch.setattr(train, "train_epoch", epoch)
+    train.train(s, resume=True)
+    config = json.loads((out / "config.json").read_text())
+    assert [e["cpu"] for e in (config["environment"], *config.get("resumed_on", []))] == ["the second"]
+
+
+def test_metrics_without_a_checkpoint_are_not_overwritten(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main([*TINY, "--epochs", "1", "--out", str(out)]) == 0
+    (out / "checkpoint.pt").unlink()
+    before = (out / "metrics.jsonl").read_text()
+    assert train.main([*TINY, "--epochs", "1", "--out", str(out), "--resume"]) == 1
+    assert "has 1 of 1 epochs and no checkpoint.pt to go on from" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_text() == before
 
 
 def test_another_number_of_processes_does_not_go_on(tmp_path, capsys):
