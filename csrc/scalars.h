@@ -95,24 +95,28 @@ SAM_FN void store(Half& out, float x) {
 #endif
 }
 
-// store_randomly() rounds stochastically, so that the mean over all values of `random` is x.
+// store_randomly() rounds stochastically, so that the mean over all values of `random` is x. What is finite to nearest
+// stays finite.
 SAM_FN void store_randomly(BFloat16& out, float x, uint32_t random) {
   const uint32_t u = bits_of(x);
-  const uint32_t rounded = (u + (random >> 16)) >> 16;
+  uint32_t bits = ((u & 0x7fffffffu) + (random >> 16)) >> 16;
+  bits = bits < 0x7f7fu ? bits : 0x7f7fu;
   store(out, x);
-  if ((u & 0x7f800000u) != 0x7f800000u) out.bits = static_cast<uint16_t>(rounded);
+  if ((out.bits & 0x7f80u) != 0x7f80u) out.bits = static_cast<uint16_t>(bits | (u >> 16 & 0x8000u));
 }
 
 SAM_FN void store_randomly(Half& out, float x, uint32_t random) {
   const uint32_t u = bits_of(x);
   const uint32_t magnitude = u & 0x7fffffffu;
   const uint32_t normal = (magnitude - (112u << 23) + (random >> 19)) >> 13;
-  const float units = float_of(magnitude) * 0x1p24f + static_cast<float>(random >> 16) * 0x1p-16f;
-  const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(magnitude < (113u << 23) ? units : 0));
+  const float units = magnitude < (113u << 23) ? float_of(magnitude) * 0x1p24f : 0;
+  const int32_t low = static_cast<int32_t>(units);
+  const float rest = units - static_cast<float>(low) + static_cast<float>(random >> 16) * 0x1p-16f;
+  const uint32_t subnormal = static_cast<uint32_t>(low + static_cast<int32_t>(rest));
   uint32_t bits = magnitude < (113u << 23) ? subnormal : normal;
-  bits = bits < 0x7c00u ? bits : 0x7c00u;
+  bits = bits < 0x7bffu ? bits : 0x7bffu;
   store(out, x);
-  if (magnitude < 0x7f800000u) out.bits = static_cast<uint16_t>(bits | (u >> 16 & 0x8000u));
+  if ((out.bits & 0x7c00u) != 0x7c00u) out.bits = static_cast<uint16_t>(bits | (u >> 16 & 0x8000u));
 }
 
 // Well mixed bits of x: Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/).

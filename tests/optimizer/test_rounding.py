@@ -93,3 +93,30 @@ def test_what_needs_no_rounding_is_left_alone(cls, dtype):
     opt.first_step()
     assert w[2] == 0.5
     assert torch.equal(w[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
+
+
+@both
+def test_subnormals_that_need_no_rounding_are_left_alone(cls):
+    """Also by the largest chances, of which there is one in 65,536."""
+    w = nn.Parameter((torch.arange(2**20) % 1024 * 2.0**-24).to(torch.float16))
+    before = w.detach().clone()
+    w.grad = torch.zeros_like(w)
+    w.grad[0] = 1.0
+    cls([w], rho=0.5).first_step()
+    assert w[0] == 0.5
+    assert torch.equal(w[1:], before[1:])
+
+
+@both
+@halves
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_numbers_stay_finite_as_to_nearest(cls, dtype, sign):
+    largest = torch.finfo(dtype).max
+    half_a_place = largest * torch.finfo(dtype).eps / 4
+    w = nn.Parameter(torch.full((4096,), sign * largest, dtype=dtype))
+    w.grad = torch.full_like(w, sign)
+    for share, expected in ((0.5, sign * largest), (1.5, sign * float("inf"))):
+        opt = cls([w], rho=share * half_a_place * 64)  # 64: the norm
+        opt.first_step()
+        assert w.eq(expected).all()
+        opt.restore()
