@@ -34,24 +34,24 @@ class LambdaRho:
         self.optimizer = optimizer
         self.factor = factor
         self.base_rhos = [float(group["rho"]) for group in optimizer.param_groups]
-        self.last_epoch = 0
-        self._set()
+        self._set(0, self.base_rhos)
 
-    def _set(self) -> None:
+    def _set(self, epoch: int, rhos: list[float]) -> None:
+        """Be at ``epoch``, with these initial values; nothing changes where that raises."""
         groups = self.optimizer.param_groups
         if len(groups) != len(self.base_rhos):
             raise RuntimeError(
                 f"optimizer: expected the {len(self.base_rhos)} groups that it had, got {len(groups)}; construct the "
                 "schedule after the last add_param_group"
             )
-        factor = float(self.factor(self.last_epoch))
-        for group, rho in zip(groups, self.base_rhos, strict=True):
+        factor = float(self.factor(epoch))
+        for group, rho in zip(groups, rhos, strict=True):
             group["rho"] = rho * factor
+        self.last_epoch, self.base_rhos = epoch, rhos
 
     def step(self) -> None:
         """Count up, and set the groups' rho."""
-        self.last_epoch += 1
-        self._set()
+        self._set(self.last_epoch + 1, self.base_rhos)
 
     def get_last_rho(self) -> list[float]:
         """rho of each group."""
@@ -62,10 +62,15 @@ class LambdaRho:
         return {"last_epoch": self.last_epoch, "base_rhos": list(self.base_rhos)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there, and set the groups' rho; before or after the optimizer has loaded its own."""
-        self.last_epoch = int(state_dict["last_epoch"])
-        self.base_rhos = [float(rho) for rho in state_dict["base_rhos"]]
-        self._set()
+        """Go on from there, and set the groups' rho; before or after the optimizer has loaded its own.
+
+        Raises:
+            ValueError: for the state of another number of groups.
+        """
+        rhos = [float(rho) for rho in state_dict["base_rhos"]]
+        if len(rhos) != len(self.base_rhos):
+            raise ValueError(f"state_dict: expected base_rhos of {len(self.base_rhos)} groups, got {len(rhos)}")
+        self._set(int(state_dict["last_epoch"]), rhos)
 
 
 def late(start: float) -> Callable[[int], float]:

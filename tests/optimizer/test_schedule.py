@@ -177,6 +177,28 @@ def test_a_schedule_of_nonsense():
         schedule.step()
 
 
+def test_a_step_or_a_checkpoint_that_is_refused_changes_nothing():
+    opt = FusedSAM([nn.Parameter(torch.ones(2))], rho=0.2)
+
+    def factor(t):
+        if t == 2:
+            raise ValueError("no such step")
+        return 1 / (1 + t)
+
+    schedule = LambdaRho(opt, factor)
+    schedule.step()
+    before = schedule.state_dict()
+    with pytest.raises(ValueError, match=r"state_dict: expected base_rhos of 1 groups, got 2"):
+        schedule.load_state_dict({"last_epoch": 7, "base_rhos": [0.1, 0.2]})
+    for refused in (schedule.step, lambda: schedule.load_state_dict({"last_epoch": 2, "base_rhos": [0.5]})):
+        with pytest.raises(ValueError, match="no such step"):
+            refused()
+    assert schedule.state_dict() == before
+    assert schedule.get_last_rho() == [0.1]
+    schedule.load_state_dict({"last_epoch": 3, "base_rhos": [0.4]})
+    assert schedule.get_last_rho() == [0.1]
+
+
 # ---- normalisation layers alone ----
 
 
