@@ -108,13 +108,15 @@ def check_distributed(p: Tensor, what: str) -> None:
 
 
 def sum_over_shards(squares: Tensor, place: Place | None) -> Tensor:
-    """Sums of squares over the shards of this process to sums over all, for DTensors of one ``placement``, in place."""
-    if place is not None:
-        mesh, parts = place
-        for dim, part in enumerate(parts):
-            if not part.is_replicate():
-                torch.distributed.all_reduce(squares, group=mesh.get_group(dim))
-    return squares
+    """Sums of squares over the shards of this process to sums over all, for DTensors of one ``placement``."""
+    if place is None:
+        return squares
+    mesh, parts = place
+    there = squares.to(mesh.device_type)  # the shards may be elsewhere (FSDP2's CPU offload)
+    for dim, part in enumerate(parts):
+        if not part.is_replicate():
+            torch.distributed.all_reduce(there, group=mesh.get_group(dim))
+    return there.to(squares.device)
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:

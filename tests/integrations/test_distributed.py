@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_fused import FusedMSAM, FusedSAM, ReferenceMSAM, ReferenceSAM
+from sam_fused.distributed import sum_over_shards
 from tests.helpers.cases import assert_near
 from tests.helpers.networks import batch, fsdp, loss_of, take_step, uneven
 from tests.helpers.pair import full
@@ -348,6 +351,23 @@ def dtensor_errors() -> None:
     opt = ReferenceSAM([p])
     with pytest.raises(TypeError, match="ReferenceSAM does not take DTensors; FusedSAM does"):
         opt.first_step()
+
+
+def test_norms_of_offloaded_shards_are_summed_where_the_processes_talk(monkeypatch):
+    """With FSDP2's CPU offload the shards are on the CPU, and NCCL serves the GPU alone."""
+    moves = []
+
+    class Squares:
+        device = torch.device("cpu")
+
+        def to(self, device):
+            moves.append(str(device))
+            return self
+
+    monkeypatch.setattr(dist, "all_reduce", lambda t, group: moves.append(group))
+    mesh = SimpleNamespace(device_type="cuda", get_group=lambda dim: f"group {dim}")
+    sum_over_shards(Squares(), (mesh, (Shard(0), Replicate())))
+    assert moves == ["cuda", "group 0", "cpu"]
 
 
 def test_what_dtensors_cannot_do_is_said(pair):
