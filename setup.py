@@ -46,6 +46,15 @@ NVCC_FLAGS = [
 ]
 
 
+def said(*command: str | Path, failed_only: bool = False) -> str:
+    """What a program prints; "" if it does not run, or with ``failed_only`` if it succeeds."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError:
+        return ""
+    return "" if failed_only and not done.returncode else done.stdout
+
+
 def candidates() -> list[Path]:
     """Where a CUDA toolkit may be, the most explicit first."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -53,8 +62,8 @@ def candidates() -> list[Path]:
         return [Path(named)]
     found = []
     if nvcc := shutil.which("nvcc"):  # which may be a script: it knows where it leads
-        said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-        found += [Path(top.strip()) for top in re.findall(r"^#\$ TOP=(.*)$", said, re.MULTILINE)]
+        shown = said(nvcc, "--dryrun", "-x", "cu", os.devnull)
+        found += [Path(top.strip()) for top in re.findall(r"^#\$ TOP=(.*)$", shown, re.MULTILINE)]
     beside_torch = Path(torch.__file__).parents[1] / "nvidia"  # from pip
     return [*found, *sorted(beside_torch.glob("cu[0-9]*")), Path("/usr/local/cuda")]
 
@@ -71,11 +80,17 @@ def find_cuda() -> tuple[Path, tuple[int, int]]:
         nvcc = home / "bin" / "nvcc"
         if not (nvcc.exists() and (home / "include" / "cuda_runtime_api.h").exists()):
             continue
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        release = re.search(r"release (\d+)\.(\d+)", said)
+        release = re.search(r"release (\d+)\.(\d+)", said(nvcc, "--version"))
         version = (int(release[1]), int(release[2])) if release else (0, 0)
         if version[0] == major and version >= (12, 1):
-            return home.resolve(), version
+            host = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []  # as torch does
+            with tempfile.TemporaryDirectory() as folder:  # it may not accept the C++ compiler
+                to = Path(folder) / "nothing.o"
+                error = said(nvcc, *host, "-x", "cu", "-c", os.devnull, "-o", to, failed_only=True)
+            if not error:
+                return home.resolve(), version
+            seen.append(f"{nvcc} compiles nothing: {error.strip()}")
+            continue
         seen.append(f"{nvcc} is of CUDA {release[1]}.{release[2]}" if release else f"{nvcc} does not run")
     raise LookupError(f"no nvcc of CUDA {major} is found, torch's version" + "".join(f"; {s}" for s in seen))
 
@@ -86,15 +101,15 @@ ARCHS = [70, 75, 80, 90, 100, 110, 120]
 
 def architectures(home: Path) -> str:
     """For TORCH_CUDA_ARCH_LIST: those of torch's GPUs, as far as nvcc knows them, and PTX for later ones."""
-    said = subprocess.run([home / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout
-    known = set(map(int, re.findall(r"sm_(\d+)", said)))
+    codes = said(home / "bin" / "nvcc", "--list-gpu-code")
+    known = set(map(int, re.findall(r"sm_(\d+)", codes)))
     flags = torch._C._cuda_getArchFlags() or ""  # torch.cuda.get_arch_list() is empty where there is no GPU
     wanted = set()
     for gpu in map(int, re.findall(r"sm_(\d+)", flags)):
         wanted |= set([arch for arch in ARCHS if arch in known and arch <= gpu and arch // 10 == gpu // 10][-1:])
     if not wanted:
         raise LookupError(
-            f"the kernels need compute capability 7.0; torch is built for {flags}, nvcc for {said.split()}"
+            f"the kernels need compute capability 7.0; torch is built for {flags}, nvcc for {codes.split()}"
         )
     return ";".join(f"{arch // 10}.{arch % 10}" for arch in sorted(wanted)) + "+PTX"
 

@@ -95,6 +95,35 @@ def test_a_toolkit_of_another_version(tmp_path):
     assert f"torch's version; {nvcc} is of CUDA 9.1" in done.stderr
 
 
+REFUSES = f"""#!/bin/sh
+[ $1 = --version ] && exec echo release {torch.version.cuda}
+echo error: unsupported GNU version >&2
+exit 1
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
+@pytest.mark.parametrize(
+    ("script", "mode", "reason"),
+    [
+        ("#!/no/such/shell\n", 0o755, "does not run"),
+        ("#!/bin/sh\n", 0o644, "does not run"),
+        (REFUSES, 0o755, "compiles nothing: error: unsupported GNU version"),
+    ],
+)
+def test_a_toolkit_that_does_not_work(tmp_path, script, mode, reason):
+    for folder in ("bin", "include"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "include" / "cuda_runtime_api.h").touch()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(script)
+    nvcc.chmod(mode)
+    done = setup(CUDA_HOME=str(tmp_path), SAM_FUSED_CUDA="")
+    assert done.returncode == 0, done.stderr
+    assert "sam_fused: building without CUDA kernels: no nvcc of CUDA" in done.stderr
+    assert f"; {nvcc} {reason}" in done.stderr
+
+
 NVCC_13 = "75 80 86 87 88 89 90 100 110 103 120 121"
 
 
