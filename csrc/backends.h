@@ -16,7 +16,7 @@ struct Queue {
 // The list of a base's state along which the parameters are to be perturbed after its update, and where the squared
 // norms of that go, as grad_sq_norm has them.
 struct Along {
-  int state;
+  int64_t state;
   const Ascent* groups;
   int64_t n_groups;
   double* sq_norms;

@@ -192,7 +192,7 @@ Tensor step_along_(Rows& rows, const Reads& grads, const Tensor& hyper, const Te
                    const OptionalRefs& lr, const Scalar& grad_scale, const Scalar& found_inf) {
   const int64_t n = rows.n_groups();
   Tensor out = at::empty({n}, rows.like().options().dtype(at::kDouble).requires_grad(false));
-  const Along along{static_cast<int>(moment), check_ascent(ascent, n), n, out.data_ptr<double>()};
+  const Along along{moment, check_ascent(ascent, n), n, out.data_ptr<double>()};
   update(rows, grads, hyper, lr, grad_scale, found_inf, &along);
   return out;
 }

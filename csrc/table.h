@@ -41,11 +41,11 @@ struct Chunk {
 using Table = std::vector<Row>;
 
 // A row with its state number k in the place of the gradient.
-inline Row along_state(Row row, int k) {
+inline Row along_state(Row row, int64_t k) {
   row.grad = row.state[k];
   return row;
 }
-inline Table along_state(Table table, int k) {
+inline Table along_state(Table table, int64_t k) {
   for (Row& row : table) row = along_state(row, k);
   return table;
 }

@@ -54,7 +54,8 @@ def sgd(w: Tensor, g: Tensor, state: dict[str, Any], group: Group, dtype: torch.
     """torch.optim.SGD: returns the new weight."""
     if group["maximize"]:
         g = -g
-    g = g + group["weight_decay"] * w
+    if group["weight_decay"]:  # or 0 * inf would be nan
+        g = g + group["weight_decay"] * w
     if group["momentum"]:
         fresh = state.get("momentum_buffer") is None
         buffer = g if fresh else group["momentum"] * wide(state["momentum_buffer"]) + g
@@ -77,10 +78,11 @@ def adam(w: Tensor, g: Tensor, state: dict[str, Any], group: Group, dtype: torch
     t = state["step"].item()
     if group["maximize"]:
         g = -g
-    if group["decoupled_weight_decay"]:
-        w = w - group["lr"] * group["weight_decay"] * w
-    else:
-        g = g + group["weight_decay"] * w
+    if group["weight_decay"]:
+        if group["decoupled_weight_decay"]:
+            w = w - group["lr"] * group["weight_decay"] * w
+        else:
+            g = g + group["weight_decay"] * w
     m = beta1 * wide(state["exp_avg"]) + (1 - beta1) * g
     v = beta2 * wide(state["exp_avg_sq"]) + (1 - beta2) * g * g
     state["exp_avg"].copy_(m)
@@ -103,7 +105,8 @@ def rmsprop(w: Tensor, g: Tensor, state: dict[str, Any], group: Group, dtype: to
     if group["maximize"]:
         g = -g
     lr: float | Tensor = group["lr"]
-    g = g + group["weight_decay"] * w
+    if group["weight_decay"]:
+        g = g + group["weight_decay"] * w
     v = group["alpha"] * wide(state["square_avg"]) + (1 - group["alpha"]) * g * g
     state["square_avg"].copy_(v)
     if group["centered"]:

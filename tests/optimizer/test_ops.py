@@ -428,6 +428,8 @@ ERRORS = [
      r"directions\[1\]: expected shape \[3\], got \[4\]"),
     ("step_along_", change(moment=2), ValueError,
      r"moment: expected one of the 2 lists of state, got 2"),
+    ("step_along_", change(moment=2**32), ValueError,
+     r"moment: expected one of the 2 lists of state, got 4294967296"),
     ("step_along_", change(ascent=rows([0.1, 0, 0])), RuntimeError,
      r"ascent: expected shape \[2, 3\], got \[1, 3\]"),
     ("restore_step_", change(base="lion"), ValueError,

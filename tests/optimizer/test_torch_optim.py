@@ -31,6 +31,20 @@ def test_same_steps_as_torch(base, dtype, cls):
         assert_same_state(opt, plain, TOLERANCE[dtype] * (1 if dtype == torch.float64 else 10), f"step {step}")
 
 
+@both
+@pytest.mark.parametrize("base", ["SGD", "Adam", "AdamW", "RMSprop"])
+def test_a_weight_that_has_overflowed(cls, base):
+    """Without weight decay it is left out of the gradient: 0 * inf would be nan."""
+    base_cls = getattr(torch.optim, base)
+    mine, theirs = (torch.nn.Parameter(torch.tensor([torch.inf, 1.0])) for _ in range(2))
+    opt, plain = cls([mine], base_cls, lr=0.1, weight_decay=0.0), base_cls([theirs], lr=0.1, weight_decay=0.0)
+    for p, o in ((mine, opt), (theirs, plain)):
+        p.grad = torch.ones(2)
+        o.step()
+    assert mine[0] == theirs[0] == torch.inf
+    assert mine[1].item() == pytest.approx(theirs[1].item())
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("base", ["adam", "adamw"])
 def test_same_steps_as_torch_fused_in_half_types(base, dtype):
