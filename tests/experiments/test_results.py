@@ -44,7 +44,7 @@ def rebuild(main: Callable[[list[str]], int], committed: Path, to: Path) -> None
     assert {p.name for p in to.iterdir()} == {p.name for p in committed.iterdir()}
 
 
-@pytest.mark.parametrize(("dataset", "tables", "seeds"), [("digits", 8, 5), ("cifar10", 5, 3)])
+@pytest.mark.parametrize(("dataset", "tables", "seeds"), [("digits", 8, 5), ("cifar10", 6, 3)])
 def test_the_tables_of_wrong_labels_are_rebuilt(dataset, tables, seeds, tmp_path):
     rebuild(noise.main, ROOT / "results" / f"noise-{dataset}", tmp_path)
     text = (tmp_path / "noise.md").read_text()
