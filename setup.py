@@ -46,13 +46,13 @@ NVCC_FLAGS = [
 ]
 
 
-def said(*command: str | Path, failed_only: bool = False) -> str:
-    """What a program prints; "" if it does not run, or with ``failed_only`` if it succeeds."""
+def run(*command: str | Path) -> tuple[bool, str]:
+    """Whether a program succeeds, and what it prints."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except OSError:
-        return ""
-    return "" if failed_only and not done.returncode else done.stdout
+        return False, ""
+    return done.returncode == 0, done.stdout
 
 
 def candidates() -> list[Path]:
@@ -62,7 +62,7 @@ def candidates() -> list[Path]:
         return [Path(named)]
     found = []
     if nvcc := shutil.which("nvcc"):  # which may be a script: it knows where it leads
-        shown = said(nvcc, "--dryrun", "-x", "cu", os.devnull)
+        _, shown = run(nvcc, "--dryrun", "-x", "cu", os.devnull)
         found += [Path(top.strip()) for top in re.findall(r"^#\$ TOP=(.*)$", shown, re.MULTILINE)]
     beside_torch = Path(torch.__file__).parents[1] / "nvidia"  # from pip
     return [*found, *sorted(beside_torch.glob("cu[0-9]*")), Path("/usr/local/cuda")]
@@ -80,16 +80,17 @@ def find_cuda() -> tuple[Path, tuple[int, int]]:
         nvcc = home / "bin" / "nvcc"
         if not (nvcc.exists() and (home / "include" / "cuda_runtime_api.h").exists()):
             continue
-        release = re.search(r"release (\d+)\.(\d+)", said(nvcc, "--version"))
+        _, shown = run(nvcc, "--version")
+        release = re.search(r"release (\d+)\.(\d+)", shown)
         version = (int(release[1]), int(release[2])) if release else (0, 0)
         if version[0] == major and version >= (12, 1):
             host = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []  # as torch does
             with tempfile.TemporaryDirectory() as folder:  # it may not accept the C++ compiler
                 to = Path(folder) / "nothing.o"
-                error = said(nvcc, *host, "-x", "cu", "-c", os.devnull, "-o", to, failed_only=True)
-            if not error:
+                works, shown = run(nvcc, *host, "-x", "cu", "-c", os.devnull, "-o", to)
+            if works:
                 return home.resolve(), version
-            seen.append(f"{nvcc} compiles nothing: {error.strip()}")
+            seen.append(f"{nvcc} compiles nothing: {shown.strip()}")
             continue
         seen.append(f"{nvcc} is of CUDA {release[1]}.{release[2]}" if release else f"{nvcc} does not run")
     raise LookupError(f"no nvcc of CUDA {major} is found, torch's version" + "".join(f"; {s}" for s in seen))
@@ -101,7 +102,7 @@ ARCHS = [70, 75, 80, 90, 100, 110, 120]
 
 def architectures(home: Path) -> str:
     """For TORCH_CUDA_ARCH_LIST: those of torch's GPUs, as far as nvcc knows them, and PTX for later ones."""
-    codes = said(home / "bin" / "nvcc", "--list-gpu-code")
+    _, codes = run(home / "bin" / "nvcc", "--list-gpu-code")
     known = set(map(int, re.findall(r"sm_(\d+)", codes)))
     flags = torch._C._cuda_getArchFlags() or ""  # torch.cuda.get_arch_list() is empty where there is no GPU
     wanted = set()
