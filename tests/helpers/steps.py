@@ -39,4 +39,6 @@ def steps_of_every_kind(opt: FusedSAM | FusedMSAM, scaler: torch.amp.GradScaler)
         scaler.update()
         opt.measure_sharpness()
         opt.mean_sharpness()
+        opt.scaler = None  # or scaled gradients would be an error
         opt.step()
+        opt.scaler = scaler
