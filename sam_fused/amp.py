@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from .parameters import trains
+
 #: What GradScaler.step sets on an optimizer before it calls its step, and deletes afterwards unless that raises.
 ATTRIBUTES = ("grad_scale", "found_inf")
 
@@ -50,9 +52,7 @@ def check_not_scaled(scaler: GradScaler | None, opt: Optimizer) -> None:
         return
     if scaler._get_scale_async() is None or _unscaled(scaler, opt):
         return
-    # With lr 0 torch.distributed.checkpoint has a step made of zeros, for the state that it makes.
-    moved = (p for group in opt.param_groups if group.get("lr") != 0 for p in group["params"])
-    if any(p.grad is not None for p in moved):
+    if any(p.grad is not None for group in opt.param_groups if trains(group) for p in group["params"]):
         raise RuntimeError(
             "the gradients are still scaled; call scaler.step(opt) in the place of step() or second_step(), or "
             "scaler.unscale_(opt) before it"

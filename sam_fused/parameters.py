@@ -21,6 +21,15 @@ def name_of(groups: Sequence[Group], group: int, i: int) -> str:
     return names[i] if names and i < len(names) else f"param_groups[{group}]['params'][{i}]"
 
 
+def trains(group: Group) -> bool:
+    """Whether the learning rate is not 0, as far as is known without waiting for a GPU.
+
+    torch.distributed.checkpoint makes a step with learning rate 0 to have the state there; that one is meant.
+    """
+    lr = group.get("lr")
+    return (isinstance(lr, Tensor) and not lr.is_cpu) or bool(lr != 0)
+
+
 def check_group(groups: Sequence[Group], group: int) -> None:
     """Raise ValueError if something in this group cannot be a parameter."""
     params = groups[group]["params"]

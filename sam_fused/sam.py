@@ -21,7 +21,7 @@ from .distributed import any_replica, unsynchronized
 from .fused import Fused
 from .geometry import radii
 from .groups import only_ascending
-from .parameters import Group
+from .parameters import trains
 from .reference import Reference
 from .watch import ADDED, Watch
 
@@ -91,7 +91,7 @@ class SAM(Around):
         """
         if closure is None:
             try:
-                if not self._warned_or_ascended and any(g["rho"] > 0 and _trains(g) for g in self.param_groups):
+                if not self._warned_or_ascended and any(g["rho"] > 0 and trains(g) for g in self.param_groups):
                     warnings.warn(
                         "step() was called without a closure and without first_step() before it: this is the step of "
                         f"{type(self.base_optimizer).__name__}, without SAM. If it is meant, set rho=0 or call "
@@ -279,15 +279,6 @@ def _no_readings(device: torch.device) -> Readings:
     """Written in place from now on: a CUDA graph may hold them."""
     values = torch.full((3,), math.nan, dtype=torch.float64, device=device)
     return Readings(values, torch.zeros(2, dtype=torch.float64, device=device))
-
-
-def _trains(group: Group) -> bool:
-    """Whether the learning rate is not 0, as far as is known without waiting for a GPU.
-
-    torch.distributed.checkpoint makes a step with learning rate 0 to have the state there; that one is meant.
-    """
-    lr = group.get("lr")
-    return (isinstance(lr, Tensor) and not lr.is_cpu) or bool(lr != 0)
 
 
 class FusedSAM(SAM):
