@@ -98,6 +98,12 @@ def _dense(p: Tensor) -> bool:
     return _extent(p) == p.numel()
 
 
+def share_memory(p: Tensor, q: Tensor) -> bool:
+    """Whether an element of one lies where one of the other does; both have memory of their own on one device."""
+    spans = [(t.data_ptr(), t.data_ptr() + _extent(t) * t.element_size()) for t in (p, q)]
+    return max(begin for begin, _ in spans) < min(end for _, end in spans) and _share_memory(p, q)
+
+
 def _share_memory(p: Tensor, q: Tensor) -> bool:
     """For two whose spans of memory overlap."""
     if p is q:  # which torch.optim and check_group look after

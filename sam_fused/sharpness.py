@@ -27,7 +27,7 @@ from .distributed import (
 )
 from .geometry import ascent_scale, check_options
 from .hooks import clean_weights
-from .parameters import check_group, check_memory, overlaps_itself
+from .parameters import check_group, check_memory, overlaps_itself, share_memory
 
 T = TypeVar("T")
 
@@ -94,8 +94,8 @@ def measure_sharpness(
         generator: of the directions, on any device. In several processes the first one's counts.
 
     Returns:
-        value, and for ``average`` the standard error of the mean over the directions. NaN where a loss or a gradient
-        is not finite.
+        value, and for ``average`` the standard error of the mean over the directions. Both are inf or NaN where a loss
+        or a gradient that they are made of is not finite.
 
     Raises:
         ValueError: on arguments that are not as described, and on parameters that are complex, that share memory, that
@@ -190,7 +190,8 @@ class _Landscape:
         self.buckets: list[tuple[Tensor, Tensor]] = []
         self.halves: list[tuple[Tensor, Tensor]] = []
         self.weights: list[Tensor] = []
-        self.buffers: list[tuple[nn.Module, str, Tensor, Tensor | None]] = []
+        self.registered: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        self.buffers: list[tuple[Tensor, Tensor]] = []  # and frozen parameters that a forward pass may change
 
     def _weighted(self, batches: list[Any]) -> list[tuple[Any, Any, float]]:
         """With each batch's weight in the mean over all examples of all processes."""
@@ -238,13 +239,20 @@ class _Landscape:
         for t, data in self.halves:
             t.data = data.float()
         self.weights = [local(p).clone() for p in self.params]  # a forward pass may change them, as max_norm does
-        held = {storage for p in params if (storage := _storage(p))}
+        in_memory: dict[int, list[Tensor]] = {}
+        for p in params:
+            if storage := _storage(p):
+                in_memory.setdefault(storage, []).append(local(p))
         for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if _storage(buffer) not in held:
-                    # no forward pass can write to an expanded one
-                    value = None if overlaps_itself(local(buffer)) else local(buffer).clone()
-                    self.buffers.append((module, name, buffer, value))
+            if not isinstance(module, torch.jit.ScriptModule):  # which cannot register others in a forward pass
+                self.registered.append((module, dict(module._buffers)))
+            frozen = [p for p in module.parameters(recurse=False) if not p.requires_grad]
+            changed = frozen if getattr(module, "max_norm", None) is not None else []
+            for t in (*module.buffers(recurse=False), *changed):
+                beside = in_memory.get(_storage(t) or 0, [])
+                moves = any(p is not t and share_memory(p, local(t)) for p in beside)
+                if not (moves or overlaps_itself(local(t))):  # no forward pass can write to an expanded one
+                    self.buffers.append((t, local(t).clone()))
 
     @torch.no_grad()
     def _leave(self) -> None:
@@ -266,18 +274,21 @@ class _Landscape:
         torch.clear_autocast_cache()  # it would go on with the weights as they were when it cast them
 
     def _restore_buffers(self) -> None:
-        for module, name, buffer, value in self.buffers:
-            if getattr(module, name) is not buffer:
-                setattr(module, name, buffer)
-            if value is not None:
-                local(buffer).copy_(value)
+        for module, kept in self.registered:
+            held = module._buffers
+            if held.keys() != kept.keys() or any(held[name] is not buffer for name, buffer in kept.items()):
+                held.clear()
+                held.update(kept)
+                module._non_persistent_buffers_set.intersection_update(kept)
+        for t, value in self.buffers:
+            local(t).copy_(value)
         for module in self.sharded:
             module.reshard()
 
     # ---- losses, gradients, directions ----
 
-    def _losses(self) -> Iterator[Tensor]:
-        """Of each batch, weighted so that they add up to the mean over all examples; all from the same buffers."""
+    def _losses(self) -> Iterator[tuple[Tensor, float]]:
+        """Of each batch, with its weight in the mean over all examples; all from the same buffers."""
         for x, target, weight in self.batches:
             if self.widens:
                 x, target = tree_map_only(Tensor, lambda t: t.float() if _is_half(t) else t, (x, target))
@@ -285,7 +296,7 @@ class _Landscape:
             if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
                 got = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
                 raise ValueError(f"loss_fn: expected a real 0-dim tensor, the mean over the batch, got {got}")
-            yield loss * weight
+            yield loss, weight
             with torch.no_grad():
                 self._restore_buffers()
 
@@ -296,7 +307,7 @@ class _Landscape:
             for p, w, d in zip(self.params, self.weights, direction, strict=True):
                 local(p).copy_(w + radius * d)
             torch.clear_autocast_cache()
-        total = sum(whole(loss).double().item() for loss in self._losses())
+        total = sum(weight * whole(loss).double().item() for loss, weight in self._losses())
         self._restore_weights()
         return self._mean([total])[0]
 
@@ -305,13 +316,20 @@ class _Landscape:
         with torch.no_grad():
             totals = [torch.zeros_like(local(p)) for p in self.params]
         with torch.enable_grad():
-            for loss in self._losses():
+            share = 1 / len(self.batches)
+            for loss, weight in self._losses():
                 for leaf in _leaves(loss):
                     if leaf not in self.grads:
                         self.grads[leaf] = leaf.grad
                         leaf.grad = None
-                loss.backward()  # autograd.grad sees nothing through FSDP2 and through reentrant checkpoints
-                self._collect(totals)
+                        if hooks := leaf._post_accumulate_grad_hooks:
+                            self.hooks.append((hooks, dict(hooks)))
+                            hooks.clear()
+                # About 1, or in float16 the gradients of many batches would underflow. FSDP2 averages those of
+                # processes whose batches weigh more or less. Through FSDP2 and reentrant checkpoints autograd.grad
+                # sees nothing.
+                (loss * (weight / share)).backward()
+                self._collect(totals, share)
         with torch.no_grad():
             for p, total in zip(self.params, totals, strict=True):
                 if not is_dtensor(p):  # whose gradients are means already
@@ -322,8 +340,8 @@ class _Landscape:
             return norm, [t * (x / (norm + 1e-12)) for t, x in zip(scales, scaled, strict=True)]
 
     @torch.no_grad()
-    def _collect(self, totals: list[Tensor]) -> None:
-        """Move the gradients into ``totals``."""
+    def _collect(self, totals: list[Tensor], share: float) -> None:
+        """Move ``share`` of the gradients into ``totals``."""
         if self.sharded and all(p.grad is None for p in self.params):
             raise RuntimeError(
                 "model: FSDP2 gave no parameter a gradient; call set_requires_gradient_sync(True) on it first"
@@ -331,7 +349,7 @@ class _Landscape:
         for p, total in zip(self.params, totals, strict=True):
             if p.grad is not None:
                 g = p.grad if p.grad.layout == torch.strided else p.grad.to_dense()
-                total += local_like(g, p)
+                total.add_(local_like(g, p), alpha=share)
                 p.grad = None
 
     @torch.no_grad()

@@ -176,11 +176,13 @@ def test_nothing_is_left_behind(kind, fails_at, training, dtype):
     assert model.training is training
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS, "slice"])
-def test_weights_that_a_forward_pass_changes(kind):
+def test_weights_that_a_forward_pass_changes(kind, frozen):
     """nn.Embedding scales down in place the rows that are longer than max_norm."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(6, 4, max_norm=1.0), nn.Flatten(), nn.Linear(8, 3))
+    net[0].requires_grad_(not frozen)
     before = snapshot(net.parameters())
     common = net, nn.functional.cross_entropy, [(torch.arange(6).view(3, 2), torch.arange(3))]
     if kind == "slice":
@@ -359,6 +361,7 @@ def test_gradients_of_others_and_hooks_are_left_alone():
         opt.zero_grad()
         called.append("step")
 
+    scale.register_post_accumulate_grad_hook(lambda _: called.append("of the loss"))
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(step_and_clear)
         p.register_post_accumulate_grad_hook(lambda _: called.append("second"))
@@ -596,6 +599,54 @@ def test_every_forward_starts_from_the_same_buffers(which, training):
         assert torch.equal(b, buffers[name][1]), name
 
 
+class Lazy(nn.Module):
+    """Makes its buffers in a forward pass, as caches of masks and of rotary embeddings are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("cache", None)
+
+    def forward(self, x):
+        if self.cache is None:
+            self.cache = torch.ones(4, dtype=self.linear.weight.dtype)
+        if not hasattr(self, "mask"):
+            self.register_buffer("mask", torch.ones(4, dtype=self.linear.weight.dtype), persistent=False)
+        return self.linear(x * self.cache * self.mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [*KINDS, "slice"])
+def test_buffers_that_a_forward_pass_makes_do_not_stay(kind, dtype):
+    model, x = Lazy().to(dtype), torch.ones(5, 4, dtype=dtype)
+    common = model, LOSS, [(x, torch.arange(5) % 3)]
+    if kind == "slice":
+        loss_slice(*common, radii=[0.0, 0.1])
+    else:
+        measure_sharpness(*common, rho=0.05, kind=kind)
+    assert model.cache is None
+    assert not hasattr(model, "mask")
+    assert not model._non_persistent_buffers_set
+    assert model(x).dtype == dtype
+
+
+def test_buffers_beside_a_parameter_in_one_memory():
+    """As slices of one flat tensor: only a buffer that is a part of a parameter moves with it."""
+    flat = torch.zeros(32)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).train()
+    begin = 0
+    for module in model:
+        for held in (module._parameters, module._buffers):
+            for name, t in held.items():
+                if t is not None and t.is_floating_point():
+                    view = flat[begin : begin + t.numel()].view_as(t).copy_(t.detach())
+                    held[name] = nn.Parameter(view) if held is module._parameters else view
+                    begin += t.numel()
+    before = flat.clone()
+    measure_sharpness(model, LOSS, [(torch.randn(6, 2), torch.arange(6) % 3)], 0.1, "realised")
+    assert torch.equal(flat, before)
+
+
 def test_expanded_and_sparse_buffers_stay_as_they_are():
     model = Quadratic()
     expected = measure_sharpness(model, mean, data(), RHO, "realised")
@@ -626,6 +677,23 @@ def test_a_buffer_that_is_a_parameter_s_memory_moves_with_it():
     model, batches = Sees(), data()
     assert measure(model, "realised").value == measure(Quadratic(), "realised").value
     assert len(batches) > 1
+
+
+@pytest.mark.parametrize("kind", ["first_order", "realised"])
+def test_float16_autocast_does_not_depend_on_the_number_of_batches(kind):
+    """A weight of 1 in 1000 on the loss would have its gradients underflow."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
+    x, y = torch.randn(64, 8), torch.arange(64) % 4
+    opt = torch.optim.Adam(model.parameters(), lr=0.03)
+    for _ in range(150):
+        opt.zero_grad()
+        LOSS(model(x), y).backward()
+        opt.step()
+    assert LOSS(model(x), y) < 1e-2
+    with torch.autocast("cpu", torch.float16):
+        one, many = (measure_sharpness(model, LOSS, [(x, y)] * n, 0.05, kind).value for n in (1, 300))
+    assert many == pytest.approx(one, rel=1e-3)
 
 
 # ---- whatever comes in between ----
