@@ -43,7 +43,8 @@ def report_overflow(scaler: GradScaler, opt: Optimizer, overflow: Tensor) -> Non
 
 def _unscaled(scaler: GradScaler, opt: Optimizer) -> bool:
     """Whether ``scaler.unscale_(opt)`` was called since the last pass."""
-    return bool(scaler._per_optimizer_states[id(opt)]["stage"].name == "UNSCALED")
+    state = scaler._per_optimizer_states.get(id(opt))  # [] would make one
+    return state is not None and bool(state["stage"].name == "UNSCALED")
 
 
 def check_not_scaled(scaler: GradScaler | None, opt: Optimizer) -> None:

@@ -196,6 +196,7 @@ class Around(Optimizer):
             ValueError: if it does not fit, or is of another library's SAM.
         """
         self._check_not_perturbed("load_state_dict()")
+        state_dict = state_dict.copy()  # hooks may change it
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _or(before(self, state_dict), state_dict)
         self.base_optimizer.load_state_dict(state_dict)

@@ -14,6 +14,7 @@ from torch import nn
 from sam_fused import FusedSAM
 from tests.helpers.cases import BASES, TOLERANCE, assert_near, assert_same_state, awkward, clones, set_grads
 from tests.helpers.dtypes import DTYPES, FULL
+from tests.helpers.place import DEVICE
 from tests.helpers.sam import assert_untouched, both, snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore:step.. was called without a closure")
@@ -145,6 +146,54 @@ def test_deepcopy_and_pickle(cls):
         assert torch.equal(o.sharpness, opt.sharpness)
         assert torch.equal(o.mean_sharpness(), opt.mean_sharpness(reset=False))
         assert o.base_optimizer.param_groups is o.param_groups
+
+
+@both
+@pytest.mark.parametrize("option", ["sync_perturbation", "lean_ascent"])
+@pytest.mark.parametrize("by", [copy.deepcopy, lambda held: pickle.loads(pickle.dumps(held))], ids=["copy", "pickle"])
+def test_a_copy_keeps_its_scaler_and_its_options(cls, by, option):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    scaler = torch.amp.GradScaler(DEVICE.type)
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.1, scaler=scaler, **{option: True})
+    x = torch.randn(8, 4)
+
+    def step(m, o):
+        def closure():
+            o.zero_grad()
+            o.scaler.scale(m(x).square().mean()).backward()
+
+        o.step(closure)
+        o.scaler.update()
+
+    step(model, opt)
+    copied, other = by((model, opt))
+    assert other.scaler is not scaler
+    assert getattr(other, option)
+    for m, o in ((model, opt), (copied, other)):
+        step(m, o)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), copied.parameters(), strict=True))
+
+
+@both
+def test_copying_after_a_measurement_with_a_scaler(cls):
+    """Which may not look like a step that has begun."""
+    p = nn.Parameter(torch.ones(3))
+    scaler = torch.amp.GradScaler(DEVICE.type)
+    opt = cls([p], scaler=scaler)
+    scaler.scale(p.square().sum()).backward()
+    opt.measure_sharpness()
+    assert copy.deepcopy(opt).scaler.get_scale() == scaler.get_scale()
+
+
+@both
+def test_a_hook_before_loading_has_a_copy_of_its_own(cls):
+    """As torch.optim says: what it takes out is still there in the checkpoint."""
+    opt = cls([nn.Parameter(torch.ones(3))])
+    held = {**opt.state_dict(), "epoch": 7}
+    opt.register_load_state_dict_pre_hook(lambda o, state: state.pop("epoch") and None)
+    opt.load_state_dict(held)
+    assert held["epoch"] == 7
 
 
 def test_state_dict_needs_no_pickle():

@@ -10,7 +10,7 @@ import sam_fused.buckets
 import sam_fused.fused
 from sam_fused import _C, FusedSAM
 from tests.helpers.cases import awkward, set_grads
-from tests.helpers.sam import assert_untouched, lockstep, snapshot
+from tests.helpers.sam import assert_untouched, lockstep, lockstep_in_one_pass, snapshot
 
 
 def respelled(device: torch.device) -> torch.device:
@@ -46,6 +46,13 @@ def test_several_devices(monkeypatch):
     places = alternate_places(monkeypatch)
     lockstep([{"params": awkward(torch.float64)}], torch.optim.Adam, {}, skips=[({0}, {4, 5}), ({6}, {1})], steps=6)
     assert len(places) > 2
+
+
+def test_several_devices_in_one_pass(monkeypatch):
+    """From backup to backup, with the norm of both."""
+    alternate_places(monkeypatch)
+    opt = lockstep_in_one_pass([{"params": awkward(torch.float64)}], torch.optim.Adam, {}, steps=6, rho=0.5)
+    assert all(plan.advances and len(plan.descent) == 2 for plan in opt._arithmetic._plans.values())
 
 
 def test_a_perturbation_that_fails_halfway_is_undone(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tests.helpers.cases import assert_near, awkward, clones, set_grads
+from tests.helpers.place import DEVICE
 from tests.helpers.sam import both
 
 
@@ -211,3 +212,22 @@ def test_step_hooks(cls, closure_form):
         assert calls == []
         opt.second_step()
         assert calls == ["pre", "post"]
+
+
+@both
+def test_step_hooks_with_a_closure_and_a_scaler(cls):
+    """They run around the scaler.step in it, too."""
+    params = awkward(torch.float64)[:3]
+    scaler = torch.amp.GradScaler(DEVICE.type)
+    opt = cls(params, torch.optim.Adam, scaler=scaler)
+    calls = []
+    opt.register_step_pre_hook(lambda *_: calls.append("pre"))
+    opt.register_step_post_hook(lambda *_: calls.append("post"))
+
+    def closure():
+        calls.append("closure")
+        opt.zero_grad()
+        scaler.scale(sum(p.square().sum() for p in params)).backward()
+
+    opt.step(closure)
+    assert calls == ["pre", "closure", "closure", "pre", "post", "post"]

@@ -202,10 +202,23 @@ def test_a_step_or_a_checkpoint_that_is_refused_changes_nothing():
 # ---- normalisation layers alone ----
 
 
-class LlamaRMSNorm(nn.Module):
+class Weight(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(4))
+
+
+@pytest.mark.parametrize(("name", "counts"), [("LlamaRMSNorm", True), ("ScaleNorm2d", True), ("NormedLinear", False)])
+def test_layers_of_other_libraries_count_by_the_end_of_their_name(name, counts):
+    layer = type(name, (Weight,), {})()
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), layer)
+    chosen, others = norm_only(model, rho=0.1)
+    names = [name for name, _ in (chosen if counts else others)["params"]]
+    assert "2.weight" in names
+
+
+class LlamaRMSNorm(Weight):
+    pass
 
 
 def test_norm_only_finds_the_normalisation_layers():
