@@ -717,6 +717,22 @@ def test_checkpointed_activations_of_a_part(cls, reentrant):
 
 
 @both
+def test_checkpointed_activations_of_the_whole_model(cls):
+    ends = []
+    for on in (False, True):
+        model, opt = trained(cls, 0, hooked=True)
+        for step in range(4):
+            x, y = batch(step)
+            opt.zero_grad()
+            output = checkpoint(model, x, use_reentrant=False) if on else model(x)
+            nn.functional.cross_entropy(output, y).backward()
+            opt.step()
+        opt.eval()
+        ends.append(values(model))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@both
 def test_with_and_without_a_model_are_the_same_training(cls):
     ends = []
     for given in (False, True):
