@@ -117,8 +117,9 @@ def study(args: argparse.Namespace, results: list[Result]) -> dict[str, list[dic
                 "give the same --every"
             )
         for name, default in DEFAULTS.items():
-            before, now = measured and held[r.name][-1].get(name, default), getattr(args, name)
-            if measured and before != now:
+            now = getattr(args, name)
+            before = held[r.name][-1].get(name, default) if measured else now
+            if before != now:
                 raise train.RunError(
                     f"{path} has {r.name} with --{name} {before}, not {now}: remove it, or give the same --{name}"
                 )

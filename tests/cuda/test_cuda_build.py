@@ -82,14 +82,21 @@ def test_without_a_toolkit(tmp_path):
     assert "without CUDA" not in setup(CUDA_HOME=str(tmp_path), SAM_FUSED_CUDA="0").stderr
 
 
+def toolkit(home: Path, script: str, mode: int = 0o755) -> Path:
+    """What the build takes for a CUDA toolkit in ``home``, with ``script`` as its nvcc, which is returned."""
+    for folder in ("bin", "include", "lib64"):
+        (home / folder).mkdir()
+    (home / "include" / "cuda_runtime_api.h").touch()
+    (home / "lib64" / "libcudart.so").touch()
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(script)
+    nvcc.chmod(mode)
+    return nvcc
+
+
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
 def test_a_toolkit_of_another_version(tmp_path):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "include").mkdir()
-    (tmp_path / "include" / "cuda_runtime_api.h").touch()
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 9.1, V9.1.85\n")
-    nvcc.chmod(0o755)
+    nvcc = toolkit(tmp_path, "#!/bin/sh\necho Cuda compilation tools, release 9.1, V9.1.85\n")
     done = setup(CUDA_HOME=str(tmp_path), SAM_FUSED_CUDA="1")
     assert done.returncode != 0
     assert f"torch's version; {nvcc} is of CUDA 9.1" in done.stderr
@@ -112,12 +119,7 @@ exit 1
     ],
 )
 def test_a_toolkit_that_does_not_work(tmp_path, script, mode, reason):
-    for folder in ("bin", "include"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "include" / "cuda_runtime_api.h").touch()
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.write_text(script)
-    nvcc.chmod(mode)
+    nvcc = toolkit(tmp_path, script, mode)
     done = setup(CUDA_HOME=str(tmp_path), SAM_FUSED_CUDA="")
     assert done.returncode == 0, done.stderr
     assert "sam_fused: building without CUDA kernels: no nvcc of CUDA" in done.stderr
@@ -141,14 +143,8 @@ NVCC_13 = "75 80 86 87 88 89 90 100 110 103 120 121"
 )
 def test_architectures(gpus, nvcc, expected, tmp_path):
     """Those of torch, by its oldest GPU of each kind, which nvcc knows."""
-    for folder in ("bin", "include", "lib64"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "include" / "cuda_runtime_api.h").touch()
-    (tmp_path / "lib64" / "libcudart.so").touch()
-    script = tmp_path / "bin" / "nvcc"
     codes = "".join(f"sm_{code}\\n" for code in nvcc.split())
-    script.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo release {torch.version.cuda}, || printf '{codes}'\n")
-    script.chmod(0o755)
+    toolkit(tmp_path, f"#!/bin/sh\n[ $1 = --version ] && echo release {torch.version.cuda}, || printf '{codes}'\n")
     program = (
         "import runpy, sys, torch\n"
         f"torch._C._cuda_getArchFlags = lambda: {gpus!r}\n"
