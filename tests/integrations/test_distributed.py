@@ -142,7 +142,7 @@ def test_ddp_with_a_static_graph(pair):
     pair(static_graph)
 
 
-def overflow_on_one_rank(base) -> None:
+def overflow_on_one_rank(base, form) -> None:
     """Rank 1 overflows in its first pass, which rank 0 cannot see in its own gradients."""
     model = DistributedDataParallel(uneven().float())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -150,17 +150,22 @@ def overflow_on_one_rank(base) -> None:
 
     def run(step: int, bad: bool) -> None:
         x, y = (t.float() for t in shard(step, dist.get_rank()))
-        calls = []
 
         def closure():
             opt.zero_grad()
             loss = loss_of(model, x, y)
-            first = not calls
-            calls.append(loss)
-            scaler.scale(loss * float("inf") if bad and first and dist.get_rank() == 1 else loss).backward()
+            overflows = bad and not opt.perturbed and dist.get_rank() == 1
+            scaler.scale(loss * float("inf") if overflows else loss).backward()
             return loss
 
-        opt.step(closure)
+        if form == "closure":
+            opt.step(closure)
+        else:
+            with model.no_sync():
+                closure()
+            opt.first_step()
+            closure()
+            scaler.step(opt)
         scaler.update()
 
     run(0, bad=False)
@@ -173,9 +178,10 @@ def overflow_on_one_rank(base) -> None:
     assert_ranks_agree(model.parameters())
 
 
+@pytest.mark.parametrize("form", ["closure", "two calls"])
 @pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.Adagrad], ids=lambda b: b.__name__)
-def test_ddp_an_overflow_on_one_rank_skips_the_step_on_all(pair, base):
-    pair(overflow_on_one_rank, base)
+def test_ddp_an_overflow_on_one_rank_skips_the_step_on_all(pair, base, form):
+    pair(overflow_on_one_rank, base, form)
 
 
 # ---- FSDP2 and DTensors ----
