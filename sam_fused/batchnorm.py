@@ -1,11 +1,12 @@
 """Running statistics of BatchNorm that move in the first of SAM's two passes only."""
 
-import warnings
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .warn import warn
 
 # Which FrozenStatistics hold each module: two optimizers may share a network.
 _holders: WeakKeyDictionary[nn.Module, WeakSet["FrozenStatistics"]] = WeakKeyDictionary()
@@ -26,10 +27,9 @@ class FrozenStatistics:
 
     def freeze(self, model: nn.Module) -> None:
         if any(isinstance(m, torch.jit.ScriptModule) and m.training and _counts_batches(m) for m in model.modules()):
-            warnings.warn(
+            warn(
                 "model: BatchNorm inside a torch.jit module cannot be frozen, so its statistics move in both passes; "
-                "keep BatchNorm out of what torch.jit compiles",
-                stacklevel=2,
+                "keep BatchNorm out of what torch.jit compiles"
             )
         self.modules = [
             m for m in model.modules() if isinstance(m, _BatchNorm) and (m.track_running_stats or m in _holders)

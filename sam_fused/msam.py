@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,8 +19,9 @@ from .buffers import fits
 from .distributed import local
 from .fused import Fused
 from .hooks import Hooks, attach
-from .parameters import name_of
+from .parameters import name_of, trains
 from .reference import Reference
+from .warn import warn
 
 
 class MSAM(Around):
@@ -85,33 +85,32 @@ class MSAM(Around):
         changes.
 
         Raises:
-            RuntimeError: after :meth:`eval`; without a closure, after :meth:`load_state_dict`, if the gradients were
-                taken at the clean weights; if the weights were changed in place while they were perturbed; for a sparse
-                gradient; for a closure that came through ``scaler.step``.
+            RuntimeError: after :meth:`eval`; without a closure and without ``model=``, after :meth:`load_state_dict`,
+                if the gradients were taken at the clean weights; if the weights were changed in place while they were
+                perturbed; for a sparse gradient; for a closure that came through ``scaler.step``.
             ValueError: for a rho or eta that is no finite number >= 0; for a base that turns out to keep no first
                 moment, with the update done.
         """
         self._check_not_borrowed("step()")
         loss = None
         try:
-            if not self._training:
+            if not self._training and not self._makes_state():
                 raise RuntimeError("step() was called after eval(); call train() before the forward pass")
             if closure is not None:
                 amp.check_no_closure(self, "call it yourself, then scaler.step(opt)")
                 self._perturb()
                 with torch.enable_grad():
                     loss = closure()
-            elif self._loaded and self._arithmetic.momenta():
+            elif self._loaded and self.model is None and self._arithmetic.momenta():
                 raise RuntimeError(
                     "step() was called after load_state_dict(), with gradients of the clean weights; call train() "
                     "before the forward pass, or construct with model=..."
                 )
             if self._passes == {"eval"} and any(group["rho"] > 0 for group in self.param_groups):
-                warnings.warn(
+                warn(
                     "every forward pass since the last step was in eval mode, which uses the clean weights: this is "
                     f"the step of {type(self.base_optimizer).__name__}, without SAM. Call model.train() before the "
-                    "forward pass; to freeze BatchNorm or dropout, call eval() on these layers alone",
-                    stacklevel=4,  # above the two wrappers that torch puts around step
+                    "forward pass; to freeze BatchNorm or dropout, call eval() on these layers alone"
                 )
             self._passes.clear()
             self._advance()
@@ -126,11 +125,17 @@ class MSAM(Around):
         grad_scale, found_inf = amp.given(self, self._device())
         try:
             self._marks = None
-            self._arithmetic.advance(grad_scale, found_inf)
+            go_on = self._arithmetic.advance if self._training else self._arithmetic.update
+            go_on(grad_scale, found_inf)
         finally:
             self._moved()
+        self._loaded = False
         self._marks = self._arithmetic.marks()
         self._updated()
+
+    def _makes_state(self) -> bool:
+        """Whether a step is the one, with learning rate 0, by which torch.distributed.checkpoint makes the state."""
+        return not any(trains(group) for group in self.param_groups) and not self._arithmetic.momenta()
 
     # ---- the clean weights and the perturbed ones ----
 
@@ -170,7 +175,11 @@ class MSAM(Around):
         if direction:
             self._gather_again()
             self._marks = None
-            self._arithmetic.perturb(direction, self._arithmetic.measure(direction))
+            try:
+                self._arithmetic.perturb(direction, self._arithmetic.measure(direction))
+            except BaseException:
+                self._restore()
+                raise
             self._moved()
             self._marks = self._arithmetic.marks()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -23,6 +22,7 @@ from .geometry import radii
 from .groups import only_ascending
 from .parameters import trains
 from .reference import Reference
+from .warn import warn
 from .watch import ADDED, Watch
 
 
@@ -92,15 +92,14 @@ class SAM(Around):
         if closure is None:
             try:
                 if not self._warned_or_ascended and any(g["rho"] > 0 and trains(g) for g in self.param_groups):
-                    warnings.warn(
+                    warn(
                         "step() was called without a closure and without first_step() before it: this is the step of "
                         f"{type(self.base_optimizer).__name__}, without SAM. If it is meant, set rho=0 or call "
-                        "measure_sharpness() before it",
-                        stacklevel=4,  # above the two wrappers that torch puts around step
+                        "measure_sharpness() before it"
                     )
                     self._warned_or_ascended = True
                 if self._end_watch():
-                    warnings.warn(ADDED, stacklevel=4)
+                    warn(ADDED)
                 self._descend()
             except BaseException:
                 amp.forget(self)
@@ -118,7 +117,7 @@ class SAM(Around):
             with torch.enable_grad():
                 last_loss = closure()
             if self._end_watch():
-                warnings.warn(ADDED, stacklevel=4)
+                warn(ADDED)
             if self.scaler is None:
                 self._descend()
             else:
@@ -277,8 +276,9 @@ class SAM(Around):
 
 def _no_readings(device: torch.device) -> Readings:
     """Written in place from now on: a CUDA graph may hold them."""
-    values = torch.full((3,), math.nan, dtype=torch.float64, device=device)
-    return Readings(values, torch.zeros(2, dtype=torch.float64, device=device))
+    with torch.inference_mode(False):  # or they could be written there alone
+        values = torch.full((3,), math.nan, dtype=torch.float64, device=device)
+        return Readings(values, torch.zeros(2, dtype=torch.float64, device=device))
 
 
 class FusedSAM(SAM):

@@ -149,8 +149,9 @@ def test_inside_torch_jit_they_cannot_stand_still(cls, how):
         opt.first_step()
         opt.second_step()
 
-    with pytest.warns(UserWarning, match="BatchNorm inside a torch.jit module cannot be frozen"):
+    with pytest.warns(UserWarning, match="BatchNorm inside a torch.jit module cannot be frozen") as caught:
         step(nn.Sequential(nn.BatchNorm1d(3)))
+    assert {w.filename for w in caught if "torch.jit module" in str(w.message)} == {__file__}
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         step(nn.Sequential(nn.BatchNorm1d(3)), training=False)

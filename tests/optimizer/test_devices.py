@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sam_fused.buckets
 import sam_fused.fused
-from sam_fused import _C, FusedSAM
+from sam_fused import _C, FusedMSAM, FusedSAM
 from tests.helpers.cases import awkward, set_grads
 from tests.helpers.sam import assert_untouched, lockstep, lockstep_in_one_pass, snapshot
 
@@ -55,11 +55,15 @@ def test_several_devices_in_one_pass(monkeypatch):
     assert all(plan.advances and len(plan.descent) == 2 for plan in opt._arithmetic._plans.values())
 
 
-def test_a_perturbation_that_fails_halfway_is_undone(monkeypatch):
+@pytest.mark.parametrize("cls", [FusedSAM, FusedMSAM])
+def test_a_perturbation_that_fails_halfway_is_undone(cls, monkeypatch):
     alternate_places(monkeypatch)
     params = awkward(torch.float32)
-    opt = FusedSAM(params, rho=1.0)
+    opt = cls(params, rho=1.0)
     set_grads(params, 0)
+    if cls is FusedMSAM:
+        opt.step()
+        opt.eval()
     before = snapshot(params)
     perturb, calls = sam_fused.fused._C.perturb_, []
 
@@ -75,7 +79,7 @@ def test_a_perturbation_that_fails_halfway_is_undone(monkeypatch):
 
     monkeypatch.setattr(sam_fused.fused, "_C", Failing())
     with pytest.raises(MemoryError):
-        opt.first_step()
+        opt.first_step() if cls is FusedSAM else opt.train()
     assert len(calls) == 2
     assert not opt.perturbed
     assert_untouched(params, before)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils.checkpoint import checkpoint
 
 from sam_fused import FusedMSAM, ReferenceMSAM
@@ -827,6 +828,56 @@ def test_resuming_is_bit_identical(cls, base, given):
     assert same(again, values(model))
     for key, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[key])
+
+
+@both
+def test_a_checkpoint_from_before_the_first_momentum(cls):
+    """Its gradients were right, and so are all that come later."""
+    model = network()
+    opt = cls(model.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    twin = network()
+    other = cls(twin.parameters(), torch.optim.Adam, lr=0.01, rho=0.3)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for steps in (range(1), range(1, 3)):
+        for m, o in ((model, opt), (twin, other)):
+            train(m, o, steps)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@both
+def test_a_checkpoint_loaded_before_training_in_eval_mode(cls):
+    """Whose hooks know what the gradients belong to: a warning, as without a checkpoint."""
+    model, opt = trained(cls, 2, hooked=True)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    model.eval()
+    opt.zero_grad()
+    backward(model, 2)
+    with pytest.warns(UserWarning, match="in eval mode"):
+        opt.step()
+
+
+@both
+def test_a_distributed_checkpoint_without_a_model(cls):
+    """torch makes the state of a fresh optimizer by a step with learning rate 0, after eval() too."""
+    model, opt = trained(cls, 3)
+    opt.eval()
+    weights, state = copy.deepcopy(get_state_dict(model, opt))
+    opt.train()
+    train(model, opt, range(3, 5))
+
+    with pytest.raises(RuntimeError, match=r"call eval\(\) first"):
+        get_state_dict(*trained(cls, 0))
+    other, resumed = trained(cls, 0)
+    resumed.eval()
+    get_state_dict(other, resumed)
+    set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=state)
+    with pytest.raises(RuntimeError, match=r"step\(\) was called after eval\(\)"):
+        resumed.step()
+    resumed.train()
+    train(other, resumed, range(3, 5))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 @both
