@@ -18,6 +18,7 @@ from .geometry import check_options
 from .parameters import check_group, check_memory
 
 _OPTIONS = ("rho", "adaptive", "eta")
+_KEPT = (*_OPTIONS, "initial_rho")  # which LambdaRho sets
 
 
 class Around(Optimizer):
@@ -199,7 +200,7 @@ class Around(Optimizer):
         state_dict = state_dict.copy()  # hooks may change it
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _or(before(self, state_dict), state_dict)
-        self.base_optimizer.load_state_dict(state_dict)
+        self.base_optimizer.load_state_dict(_adapted(self, state_dict))  # a base may load without calling its hooks
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -228,7 +229,7 @@ def _adapted(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             "state_dict: another library's SAM left its backups of the weights in it, 'old_p', and perhaps no state of "
             "the base; load the model's weights alone, or, if the base's state is there, delete 'old_p' everywhere"
         )
-    options = [{name: group[name] for name in _OPTIONS} for group in opt.param_groups]
+    options = [{name: group[name] for name in _KEPT if name in group} for group in opt.param_groups]
     groups = state_dict["param_groups"]
     if len(groups) != len(options):
         return state_dict  # which torch refuses with its own message
@@ -238,7 +239,9 @@ def _adapted(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
 def _make_base(base: type[Optimizer], params: Iterable[Any], kwargs: dict[str, Any]) -> Optimizer:
     try:
         made = base(params, **kwargs)
-    except (TypeError, ValueError):  # which say what is wrong with an argument
+    except (TypeError, ValueError) as error:  # which say what is wrong with an argument
+        if "base_optimizer" in kwargs:
+            raise TypeError("base_optimizer: give the class as base, as in base=torch.optim.SGD") from error
         raise
     except Exception as error:
         raise RuntimeError(

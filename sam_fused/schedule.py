@@ -12,6 +12,9 @@ from .around import Around
 class LambdaRho:
     """Sets each group's rho to its initial value times a factor, as ``torch.optim.lr_scheduler.LambdaLR`` does for lr.
 
+    The initial value stays in the group as ``initial_rho``, and so in the optimizer's checkpoints. A later schedule of
+    the same optimizer begins from it too.
+
     Args:
         optimizer: FusedSAM, FusedMSAM or one of their references.
         factor: from the number of calls of :meth:`step` so far, 0 at construction, to a number >= 0: :func:`late`,
@@ -33,7 +36,8 @@ class LambdaRho:
             raise TypeError(f"factor: expected a function of the number of steps, got {factor!r}")
         self.optimizer = optimizer
         self.factor = factor
-        self.base_rhos = [float(group["rho"]) for group in optimizer.param_groups]
+        # initial_rho: of an earlier schedule, perhaps from a checkpoint
+        self.base_rhos = [float(group.get("initial_rho", group["rho"])) for group in optimizer.param_groups]
         self._set(0, self.base_rhos)
 
     def _set(self, epoch: int, rhos: list[float]) -> None:
@@ -46,7 +50,7 @@ class LambdaRho:
             )
         factor = float(self.factor(epoch))
         for group, rho in zip(groups, rhos, strict=True):
-            group["rho"] = rho * factor
+            group["rho"], group["initial_rho"] = rho * factor, rho
         self.last_epoch, self.base_rhos = epoch, rhos
 
     def step(self) -> None:

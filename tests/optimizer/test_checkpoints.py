@@ -466,6 +466,28 @@ def test_a_base_s_own_checkpoints(cls):
     assert plain.count == 3
 
 
+class LoadsByItself(torch.optim.SGD):
+    """Without the hooks of torch.optim.Optimizer."""
+
+    def load_state_dict(self, state_dict):
+        for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            params = group["params"]
+            group.clear()
+            group.update(loaded, params=params)
+
+
+@both
+def test_a_base_that_calls_no_hooks(cls):
+    """A checkpoint of the plain base leaves rho alone."""
+    plain = LoadsByItself([nn.Parameter(torch.ones(2))], lr=0.5)
+    p = nn.Parameter(torch.ones(2))
+    opt = cls([p], LoadsByItself, lr=0.1, rho=0.3)
+    opt.load_state_dict(plain.state_dict())
+    assert (opt.param_groups[0]["lr"], opt.param_groups[0]["rho"]) == (0.5, 0.3)
+    p.grad = torch.ones(2)
+    opt.first_step()
+
+
 @both
 def test_a_base_s_own_hooks(cls):
     calls = []

@@ -27,6 +27,7 @@ ERRORS = [
     ({"model": "resnet"}, TypeError, r"model: expected a torch\.nn\.Module, got str"),
     ({"lr": -1.0}, ValueError, r"Invalid learning rate"),
     ({"momentun": 0.9}, TypeError, r"momentun"),
+    ({"base_optimizer": torch.optim.SGD}, TypeError, r"base_optimizer: give the class as base, as in base=torch"),
     ({"params": []}, ValueError, r"empty parameter list"),
     ({"params": [torch.zeros(2, dtype=torch.complex64)]}, ValueError, r"\['params'\]\[0\]: complex .*view_as_real"),
     ({"params": [{"params": [torch.zeros(2)], "rho": -1}]}, ValueError, r"rho: expected a finite number >= 0, got -1"),

@@ -164,6 +164,25 @@ def test_a_schedule_goes_on_from_its_state(optimizer_first):
     assert other.param_groups[0]["rho"] == 0.3
 
 
+@pytest.mark.parametrize("cls", [FusedSAM, FusedMSAM])
+def test_a_schedule_made_after_the_optimizer_has_loaded(cls):
+    """Late SAM that is still off leaves a rho of 0 in the checkpoint; the initial one is in there too."""
+
+    def make():
+        return cls([nn.Parameter(torch.ones(2))], torch.optim.Adam, rho=0.3)
+
+    opt = make()
+    LambdaRho(opt, late(3))
+    other = make()
+    other.load_state_dict(opt.state_dict())
+    assert other.param_groups[0]["rho"] == 0.0
+    schedule = LambdaRho(other, late(0))
+    assert schedule.get_last_rho() == [0.3]
+    schedule.load_state_dict({"last_epoch": 2, "base_rhos": [0.7]})
+    other.load_state_dict(torch.optim.Adam([nn.Parameter(torch.ones(2))]).state_dict())  # which has none
+    assert LambdaRho(other, late(0)).get_last_rho() == [0.7]
+
+
 def test_a_schedule_of_nonsense():
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(TypeError, match="optimizer: expected one of sam_fused's, got Adam"):
