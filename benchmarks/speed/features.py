@@ -198,7 +198,7 @@ def standard_closure(lib: Library) -> str:
     calls.clear()
     loss = opt.step(closure)
     if len(calls) != 2:
-        return f"no: {len(calls)} pass, with another batch's gradients before it; returns {loss}"
+        return f"no: it needs a backward pass before it, and makes {len(calls)}; returns {loss}"
     return answer(loss is not None and loss.item() == calls[0], f"it returns {loss}")
 
 

@@ -134,12 +134,11 @@ STEPS = {
     "pytorch_optimizer SAM, fused=True": "pytorch_optimizer SAM, `fused=True`",
     "foreach + fused base": "`_foreach_` + fused Adam",
 }
-ARCHS = {"resnet18": "ResNet-18", "vgg16": "VGG16"}
 
 
 def training() -> list[str]:
     networks = read("bench/train.json")["networks"]
-    header = ["", *(f"{ARCHS[n['arch']]}, width {n['width']}, n = {timing.rounds(n)}" for n in networks)]
+    header = ["", *(f"{NETWORKS[n['arch']]}, width {n['width']}, n = {timing.rounds(n)}" for n in networks)]
     shown = [name for name in STEPS if name in networks[0]["ms"]]
     return table(header, ([STEPS[name], *(f"{ratio(n, name):.2f}" for n in networks)] for name in shown))
 
@@ -166,7 +165,7 @@ CELLS = [(network, optimizer) for network in NETWORKS for optimizer in ("sgd", "
 
 
 def titles(network: str, optimizer: str) -> list[str]:
-    return [NETWORKS[network].replace("ResNet18", "ResNet-18"), OPTIMIZERS[optimizer]]
+    return [NETWORKS[network], OPTIMIZERS[optimizer]]
 
 
 def mean_and_deviation(row: dict[str, str], prefix: str = "") -> str:
@@ -227,7 +226,7 @@ def table1_short() -> list[str]:
     return table(["", "", "the paper", "1,000 images", "10,000 images"], rows)
 
 
-RATIO = re.compile(r"^\| (\w+) \| SGD, Adam \| [^|]* \| ([^|]*) \|$", re.MULTILINE)
+RATIO = re.compile(r"^\| ([\w-]+) \| SGD, Adam \| [^|]* \| ([^|]*) \|$", re.MULTILINE)
 SETTING = {
     "paper-text": "`paper-text`: SAM's geometry, lr 0.1 and 0.001",
     "fair": "`fair`: SAM's geometry, each lr chosen",
@@ -239,7 +238,7 @@ def sharpness_ratio() -> list[str]:
     rows = []
     for recipe, title in SETTING.items():
         ratios = dict(RATIO.findall((RESULTS / f"cpu-{recipe}" / "sharpness.md").read_text()))
-        rows.append([title, ratios["ResNet18"], ratios["VGG16"]])
+        rows.append([title, ratios["ResNet-18"], ratios["VGG16"]])
     return table(["", "ResNet-18", "VGG16"], rows)
 
 
