@@ -96,7 +96,7 @@ def find_cuda() -> tuple[Path, tuple[int, int]]:
     raise LookupError(f"no nvcc of CUDA {major} is found, torch's version" + "".join(f"; {s}" for s in seen))
 
 
-#: Compute capabilities times ten: the first GPUs of each kind, whose machine code the later ones up to the next run.
+#: Compute capabilities times ten. GPUs in between run the machine code of the one before.
 ARCHS = [70, 75, 80, 90, 100, 110, 120]
 
 

@@ -172,7 +172,7 @@ NATIVE: dict[type[Optimizer], Native] = {
 }
 
 #: By the functor's name; Adam's and AdamW's differ in ``fixed`` alone.
-UPDATES = {update.name: update for native in NATIVE.values() for update in native.updates}
+UPDATE_BY_NAME = {update.name: update for native in NATIVE.values() for update in native.updates}
 
 
 def check_moments(base: Optimizer) -> None:

@@ -22,8 +22,8 @@ import train
 from sam_fused import FusedSAM
 
 from ..tables import table
+from .runs import NETWORKS
 
-ARCHS = {"resnet18": "ResNet-18", "vgg16": "VGG16"}
 WIDTH, BATCH, LR = 64, 64, 1e-3
 STEPS = {0: "the first gradient", 8: "after eight steps of Adam"}
 RHOS = (0.05, 0.01)
@@ -80,13 +80,13 @@ def markdown(content: dict) -> str:
         low, high = f"{100 * min(shares):.0f}", f"{100 * max(shares):.0f}"
         return f"{low} %" if low == high else f"{low} to {high} %"
 
-    columns = [(arch, kind) for arch in ARCHS for kind in KINDS]
+    columns = [(arch, kind) for arch in NETWORKS for kind in KINDS]
     rows = [
         [f"rho {rho:g}, {STEPS[steps]}", *(entry(*column, rho, steps) for column in columns)]
         for rho in RHOS
         for steps in STEPS
     ]
-    return "\n".join(table(["", *(f"{ARCHS[arch]}, {kind}" for arch, kind in columns)], rows)) + "\n"
+    return "\n".join(table(["", *(f"{NETWORKS[arch]}, {kind}" for arch, kind in columns)], rows)) + "\n"
 
 
 def main() -> None:
@@ -95,7 +95,7 @@ def main() -> None:
     out: Path = p.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     content: dict = {"environment": train.environment(), "cells": []}
-    for arch, seed in tqdm([(arch, seed) for arch in ARCHS for seed in SEEDS], disable=None):
+    for arch, seed in tqdm([(arch, seed) for arch in NETWORKS for seed in SEEDS], disable=None):
         for steps, (weights, grads) in gradients(arch, seed).items():
             for rho in RHOS:
                 case = {"arch": arch, "seed": seed, "steps": steps, "rho": rho}

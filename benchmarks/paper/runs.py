@@ -32,7 +32,7 @@ OPTIMIZERS = {
     "adam+sam": "Adam + SAM",
     "adam+msam": "Adam + Momentum-SAM",
 }
-NETWORKS = {"resnet18": "ResNet18", "vgg16": "VGG16"}
+NETWORKS = {"resnet18": "ResNet-18", "vgg16": "VGG16"}
 # Of an optimizer's curves.
 STYLE = {"sgd": "C0--", "sgd+sam": "C0-", "sgd+msam": "C0:", "adam": "C1--", "adam+sam": "C1-", "adam+msam": "C1:"}
 GRID = "grid/"  # the names of runs that something is chosen by begin with it

@@ -24,7 +24,7 @@ import train
 
 from .runs import Result, read_folder
 
-# Of a training pass over an image and a channel, relative to each other, for the time left: by the multiplications.
+# How much a training pass costs for each image and unit of width, by its multiplications; for the time left.
 COST = {"resnet18": 1.8, "vgg16": 1.0, "mlp": 0.01}
 
 

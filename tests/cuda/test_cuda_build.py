@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sam_fused import _C
-from sam_fused.bases import UPDATES
+from sam_fused.bases import UPDATE_BY_NAME
 from tests.cuda import sass
 from tests.helpers.paths import ROOT
 
@@ -60,7 +60,7 @@ def test_machine_code():
     assert archs
     for arch in archs:
         kernels = sass.kernels(binary, path, arch)
-        assert sum(name.startswith("update_kernel") for name in kernels) == len(UPDATES) * 4 * 3  # types, sizes
+        assert sum(name.startswith("update_kernel") for name in kernels) == len(UPDATE_BY_NAME) * 4 * 3  # types, sizes
         for name, kernel in kernels.items():
             check(name, kernel, arch)
 

@@ -64,7 +64,7 @@ def test_the_table_of_memorising_is_rebuilt(tmp_path):
 def test_the_table_of_rounding_is_rebuilt():
     committed = ROOT / "results" / "rounding"
     content = json.loads((committed / "rounding.json").read_text())
-    assert len(content["cells"]) == len(rounding.ARCHS) * len(rounding.SEEDS) * len(rounding.STEPS) * len(rounding.RHOS)
+    assert len(content["cells"]) == len(runs.NETWORKS) * len(rounding.SEEDS) * len(rounding.STEPS) * len(rounding.RHOS)
     assert rounding.markdown(content) == (committed / "rounding.md").read_text()
 
 

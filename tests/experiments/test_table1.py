@@ -90,7 +90,7 @@ def test_the_large_preset(trained, tmp_path, monkeypatch):
     assert float(row["mean"]) == pytest.approx(sum(mine) / 2)
     text = (tmp_path / "table1.md").read_text()
     assert "| VGG16 | Adam + Momentum-SAM | - |" in text
-    assert "ResNet18" not in text  # of which there are no runs
+    assert "ResNet-18" not in text  # of which there are no runs
     assert "40 images held out for the accuracy by epoch, tested after the last epoch only, bf16 autocast" in text
     assert "0.0005: " in text
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sam_fused import _C
-from sam_fused.bases import UPDATES
+from sam_fused.bases import UPDATE_BY_NAME
 from tests.helpers.cases import CHUNK, Wrapper, generator
 from tests.helpers.fronts import OPS, Kept
 from tests.helpers.paths import ROOT
@@ -65,7 +65,7 @@ def arguments(op, base="adam", dtype=torch.float32, sizes=(5, 3)):
         }
     if op == "restore_":
         return {"params": common["params"], "backups": backups}
-    update = UPDATES[base]
+    update = UPDATE_BY_NAME[base]
     of_base = {
         "state": [
             1 + t.abs() if "sq" in key else t / 8  # a mean of squares is larger than the square of the mean
@@ -83,8 +83,8 @@ def arguments(op, base="adam", dtype=torch.float32, sizes=(5, 3)):
 
 
 CALLS = [(op, None) for op in ("grad_sq_norm", "sharpness_", "perturb_", "perturb_from_", "restore_")]
-CALLS += [("restore_step_", base) for base in UPDATES]
-CALLS += [("step_along_", base) for base, update in UPDATES.items() if update.moment is not None]
+CALLS += [("restore_step_", base) for base in UPDATE_BY_NAME]
+CALLS += [("step_along_", base) for base, update in UPDATE_BY_NAME.items() if update.moment is not None]
 
 
 @pytest.mark.parametrize(("op", "base"), CALLS)
@@ -284,7 +284,7 @@ def test_every_thread_count_gives_the_same_bits(dtype, adaptive, threads):
 def test_stores_past_the_caches_write_the_same(dtype):
     """They begin at 8 MiB of parameters: two tensors in one call, one of them not aligned, and each in a call."""
     n = (1 << 23) // dtype.itemsize // 2 + 17
-    norm, ascent, hyper = there(3.0)[0], rows([50.0, 0, 0]), rows(list(UPDATES["adam"].hyper.values()))
+    norm, ascent, hyper = there(3.0)[0], rows([50.0, 0, 0]), rows(list(UPDATE_BY_NAME["adam"].hyper.values()))
 
     def pair(seed: int) -> list[torch.Tensor]:
         random = [torch.randn(n, generator=generator(seed + i)).to(dtype) for i in range(2)]
