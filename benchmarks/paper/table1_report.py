@@ -66,9 +66,10 @@ class Cell:
 
 
 def cells_of(results: list[Result]) -> dict[tuple[str, str], Cell]:
-    """Of the networks that there are runs of: the paper's optimizers, and others that there are runs of."""
+    """Of the networks and bases that there are runs of: the paper's optimizers, and others that there are runs of."""
     found = {r.cell[1] for r in results}
-    optimizers = [o for o in OPTIMIZERS if ("vgg16", o) in PAPER or o in found]
+    bases = set(map(base_of, found))
+    optimizers = [o for o in OPTIMIZERS if o in found or (("vgg16", o) in PAPER and base_of(o) in bases)]
     networks = networks_of(r.cell for r in results)
     cells = {(arch, optimizer): Cell(arch, optimizer, {}) for arch in networks for optimizer in optimizers}
     for r in results:
@@ -107,13 +108,18 @@ def grid_rows(grid: list[Result], option: str) -> list[tuple[str, str, str, str]
     return rows
 
 
-def header(results: list[Result], recipe: str) -> list[str]:
-    def values(name: str, source: str = "settings") -> str:
-        return ", ".join(sorted({f"{getattr(r, source)[name]}" for r in results}))
+def values_of(results: list[Result], name: str, source: str = "settings") -> str:
+    return ", ".join(sorted({f"{getattr(r, source)[name]}" for r in results}))
 
+
+def size_of(results: list[Result]) -> str:
+    size = results[0].settings["train_size"]
+    return "all" if size is None else f"{size:,}"
+
+
+def header(results: list[Result], recipe: str) -> list[str]:
     s = results[0].settings
     widths = {r.settings["arch"]: f"{r.settings['width']} ({NETWORKS[r.settings['arch']]})" for r in results}
-    size = "all" if s["train_size"] is None else f"{s['train_size']:,}"
     tested = ", all but the last epoch tested on a fixed subset" if s["eval_size"] else ""
     if s["eval_size"] == 0 and not s["validate"]:
         tested = ", tested after the last epoch only"
@@ -124,8 +130,9 @@ def header(results: list[Result], recipe: str) -> list[str]:
     return [
         f"# Table I, recipe {recipe}",
         "",
-        f"{s['dataset']}, {size} training images, width {', '.join(widths.values())}, {values('epochs')} epochs, batch "
-        f"{values('batch_size')}{tested}; torch {values('torch', 'environment')}, "
+        f"{s['dataset']}, {size_of(results)} training images, width {', '.join(widths.values())}, "
+        f"{values_of(results, 'epochs')} epochs, batch {values_of(results, 'batch_size')}{tested}; torch "
+        f"{values_of(results, 'torch', 'environment')}, "
         f"{machines_of(results)}.",
         "",
         "Test accuracy after the last epoch in %, mean ± sample standard deviation over the seeds:",
@@ -195,9 +202,11 @@ def markdown(results: list[Result], grid: list[Result], recipe: str, common_rho:
         "",
         *table(["", "", *last_epoch], last_epoch_rows(results, common_rho)),
     ]
+    grid = [r for r in grid if (r.cell[0], base_of(r.cell[1])) in {(arch, base_of(name)) for arch, name in cells}]
     if chosen := [*grid_rows(grid, "lr"), *grid_rows(grid, "rho")]:
-        lines += ["", "Accuracy on the held-out training images by which lr and rho were chosen:", ""]
-        lines += table([""] * 4, chosen)
+        lines += ["", "Accuracy on the held-out training images by which lr and rho were chosen, in runs of "]
+        lines[-1] += f"{size_of(grid)} training images and {values_of(grid, 'epochs')} epochs:"
+        lines += ["", *table([""] * 4, chosen)]
     return "\n".join([*lines, *left_out(results)]) + "\n"
 
 

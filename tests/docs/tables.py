@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from benchmarks.paper.runs import NETWORKS, OPTIMIZERS
@@ -186,8 +187,11 @@ def table1() -> list[str]:
 
 
 def gain(row: dict[str, str]) -> str:
-    low, high = float(row["interval_low"]), float(row["interval_high"])
-    return f"{float(row['sam_minus_base']):+.1f} ({low:+.1f} to {high:+.1f})"
+    mean, low, high = (
+        f"{round(float(row[key]), 1) + 0.0:+.1f}"  # + 0.0: no -0.0
+        for key in ("sam_minus_base", "interval_low", "interval_high")
+    )
+    return f"{mean} ({low} to {high})"
 
 
 def table1_gain() -> list[str]:
@@ -201,9 +205,9 @@ def table1_gain() -> list[str]:
     return table(["SAM - base", "", "paper", *(f"`{recipe}`" for recipe in RECIPES)], rows)
 
 
-def table1_large() -> list[str]:
+def table1_with_msam(sweep: str) -> list[str]:
     rows = []
-    for cell, row in cells_of("large-fair").items():
+    for cell, row in cells_of(sweep).items():
         paper = mean_and_deviation(row, "paper_") if row["paper_mean"] else ""
         claimed = f"{float(row['paper_sam_minus_base']):+.1f}" if row["paper_sam_minus_base"] else ""
         added = gain(row) if row["sam_minus_base"] else ""
@@ -212,18 +216,15 @@ def table1_large() -> list[str]:
 
 
 def table1_short() -> list[str]:
-    small, large = cells_of("cpu-fair"), cells_of("large-fair")
-    rows = (
-        [
-            *titles(network, optimizer.removesuffix("+sam")),
-            f"{float(small[network, optimizer]['paper_sam_minus_base']):+.1f}",
-            gain(small[network, optimizer]),
-            gain(large[network, optimizer]),
-        ]
-        for network, optimizer in CELLS
-        if optimizer.endswith("+sam")
-    )
-    return table(["", "", "the paper", "1,000 images", "10,000 images"], rows)
+    sweeps = [cells_of(f"{size}-fair") for size in ("cpu", "large", "all")]
+    rows = []
+    for cell in CELLS:
+        network, optimizer = cell
+        if optimizer.endswith("+sam"):
+            paper = f"{float(sweeps[0][cell]['paper_sam_minus_base']):+.1f}"
+            gains = (gain(cells[cell]) if cell in cells else "not run" for cells in sweeps)
+            rows.append([*titles(network, optimizer.removesuffix("+sam")), paper, *gains])
+    return table(["", "", "the paper", "1,000 images", "10,000 images", "50,000 images"], rows)
 
 
 RATIO = re.compile(r"^\| ([\w-]+) \| SGD, Adam \| [^|]* \| ([^|]*) \|$", re.MULTILINE)
@@ -300,7 +301,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "input": pipeline,
     "table1": table1,
     "table1-gain": table1_gain,
-    "table1-large": table1_large,
+    "table1-large": partial(table1_with_msam, "large-fair"),
+    "table1-all": partial(table1_with_msam, "all-fair"),
     "table1-short": table1_short,
     "sharpness-ratio": sharpness_ratio,
     "gpu": gpu,

@@ -44,6 +44,14 @@ def rebuild(main: Callable[[list[str]], int], committed: Path, to: Path) -> None
     assert {p.name for p in to.iterdir()} == {p.name for p in committed.iterdir()}
 
 
+def test_the_table_of_all_images_is_rebuilt(tmp_path):
+    """Adam's rows of VGG16, three seeds each."""
+    rebuild(table1.main, ROOT / "results" / "all-fair", tmp_path)
+    assert (tmp_path / "table1.csv").read_text() == (ROOT / "results" / "all-fair" / "table1.csv").read_text()
+    with (tmp_path / "table1.csv").open() as file:
+        assert [(row["network"], row["n"]) for row in csv.DictReader(file)] == [("vgg16", "3")] * 3
+
+
 @pytest.mark.parametrize(("dataset", "tables", "seeds"), [("digits", 8, 5), ("cifar10", 6, 3)])
 def test_the_tables_of_wrong_labels_are_rebuilt(dataset, tables, seeds, tmp_path):
     rebuild(noise.main, ROOT / "results" / f"noise-{dataset}", tmp_path)
