@@ -224,15 +224,15 @@ def _adapted(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: for a checkpoint of davda54/sam or pytorch_optimizer's SAM.
     """
-    if any(isinstance(held, dict) and "old_p" in held for held in state_dict["state"].values()):
+    if any(isinstance(held, dict) and "old_p" in held for held in state_dict.get("state", {}).values()):
         raise ValueError(
             "state_dict: another library's SAM left its backups of the weights in it, 'old_p', and perhaps no state of "
             "the base; load the model's weights alone, or, if the base's state is there, delete 'old_p' everywhere"
         )
     options = [{name: group[name] for name in _KEPT if name in group} for group in opt.param_groups]
-    groups = state_dict["param_groups"]
+    groups = state_dict.get("param_groups", [])
     if len(groups) != len(options):
-        return state_dict  # which torch refuses with its own message
+        return state_dict  # which the base's own hooks change, or torch refuses with its own message
     return {**state_dict, "param_groups": [{**kept, **group} for kept, group in zip(options, groups, strict=True)]}
 
 

@@ -496,8 +496,9 @@ def test_a_base_s_own_hooks(cls):
         def __init__(self, params, **options) -> None:
             super().__init__(params, **options)
             self.register_state_dict_pre_hook(lambda o: calls.append("save"))
-            self.register_state_dict_post_hook(lambda o, state: {**state, "extra": 1})
+            self.register_state_dict_post_hook(lambda o, state: {"held": state, "extra": 1})
             self.register_load_state_dict_pre_hook(lambda o, state: calls.append(state["extra"]))
+            self.register_load_state_dict_pre_hook(lambda o, state: state["held"])
             self.register_load_state_dict_post_hook(lambda o: calls.append("loaded"))
 
     params = awkward(torch.float32)[:2]
