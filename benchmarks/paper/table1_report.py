@@ -202,11 +202,16 @@ def markdown(results: list[Result], grid: list[Result], recipe: str, common_rho:
         "",
         *table(["", "", *last_epoch], last_epoch_rows(results, common_rho)),
     ]
-    grid = [r for r in grid if (r.cell[0], base_of(r.cell[1])) in {(arch, base_of(name)) for arch, name in cells}]
+    of_table = {(arch, base_of(optimizer)) for arch, optimizer in cells}
+    grid = [r for r in grid if (r.cell[0], base_of(r.cell[1])) in of_table]
     if chosen := [*grid_rows(grid, "lr"), *grid_rows(grid, "rho")]:
-        lines += ["", "Accuracy on the held-out training images by which lr and rho were chosen, in runs of "]
-        lines[-1] += f"{size_of(grid)} training images and {values_of(grid, 'epochs')} epochs:"
-        lines += ["", *table([""] * 4, chosen)]
+        runs = f"{size_of(grid)} training images and {values_of(grid, 'epochs')} epochs"
+        lines += [
+            "",
+            f"Accuracy on the held-out training images by which lr and rho were chosen, in runs of {runs}:",
+            "",
+            *table([""] * 4, chosen),
+        ]
     return "\n".join([*lines, *left_out(results)]) + "\n"
 
 

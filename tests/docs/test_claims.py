@@ -487,12 +487,13 @@ def test_where_adam_beats_sgd(recipes):
 
 def test_the_choices_of_rho():
     """ "In three of the four grids the plain base is better than SAM at every rho, and in the fourth ... as good"."""
-    grids = [[r for r in READ["large"] if r.in_grid and r.cell == (n, f"{b}+sam")] for n in NETWORKS for b in BASES]
-    assert RUNS["large"]["resnet18", "sgd+sam"][0].settings["rho"] == min(r.settings["rho"] for r in grids[0]) == 0.0005
-    least = {
-        (net.network, base): min(net.loss_at(base, r.settings["rho"]) for r in grid)
-        for (net, base), grid in zip([(net, base) for net in (RESNET18, VGG16) for base in BASES], grids, strict=True)
+    tried = {
+        (net, base): [r.settings["rho"] for r in READ["large"] if r.in_grid and r.cell == (net.network, f"{base}+sam")]
+        for net in BOTH
+        for base in BASES
     }
+    assert RUNS["large"]["resnet18", "sgd+sam"][0].settings["rho"] == min(tried[RESNET18, "sgd"]) == 0.0005
+    least = {(net.network, base): min(net.loss_at(base, rho) for rho in rhos) for (net, base), rhos in tried.items()}
     assert least.pop(("vgg16", "adam")) == 0
     assert len(least) == 3
     assert min(least.values()) > 0
